@@ -1,0 +1,57 @@
+"""DAPO's soft penalty for completions that come close to the length limit."""
+
+import jax.numpy as jnp
+
+from .._checks import check_number
+from .._masked import on_last, row_length, zero_unmasked
+from .._transform import Stateless, stateless
+from .._types import PerToken, Rollout, ScalarLike
+
+
+def overlong(max_tokens: ScalarLike, buffer: ScalarLike, *, penalty: ScalarLike = 1.0) -> Stateless:
+    r"""Linear penalty over the last `buffer` tokens before `max_tokens`.
+
+    With $L$ the number of masked tokens of the row, the reward on its last masked token changes
+    by $-penalty \cdot \mathrm{clip}((L - (max\_tokens - buffer)) / buffer, 0, 1)$: nothing up to
+    `max_tokens - buffer`, the whole penalty at `max_tokens` and beyond. Lengths are in tokens,
+    the stop token included. Empty rows stay 0.
+
+    Differs between libraries: verl and AReaL do not cap the penalty beyond `max_tokens`; TRL and
+    OpenRLHF do, as here.
+
+    Args:
+        max_tokens: completion length at which the penalty is complete.
+        buffer: width of the ramp in tokens, above 0 and at most `max_tokens`.
+        penalty: the largest penalty, not negative.
+
+    Returns:
+        A transform from rewards to rewards; it must stand before the signal is spread.
+
+    Source: Yu et al. 2025 (DAPO, arXiv:2503.14476), equation 13.
+    """
+    check_number("max_tokens", max_tokens, least=1)
+    check_number("buffer", buffer, above=0)
+    check_number("penalty", penalty, least=0)
+    if isinstance(max_tokens, int | float):
+        check_number("buffer", buffer, most=max_tokens)
+    return stateless(
+        _overlong,
+        builder=overlong,
+        reads_total=True,
+        max_tokens=max_tokens,
+        buffer=buffer,
+        penalty=penalty,
+    )
+
+
+def _overlong(
+    signal: PerToken,
+    rollout: Rollout,
+    *,
+    max_tokens: ScalarLike,
+    buffer: ScalarLike,
+    penalty: ScalarLike,
+) -> PerToken:
+    length = row_length(rollout.mask).astype(signal.dtype)
+    ramp = jnp.clip((length - (max_tokens - buffer)) / buffer, 0, 1)
+    return zero_unmasked(signal, rollout.mask) - on_last(penalty * ramp, rollout.mask)

@@ -1,0 +1,70 @@
+"""PPO's clipped surrogate, one- and two-sided, with optional dual clip."""
+
+import jax.numpy as jnp
+
+from .._checks import check_number
+from .._types import Batch, Metrics, PerToken, ScalarLike, Scores
+from .base import Term, term, weighted
+from .ratio import log_ratio
+
+
+def clipped(
+    low: ScalarLike = 0.2, high: ScalarLike = 0.2, *, dual: ScalarLike | None = None
+) -> Term:
+    r"""Clipped policy-gradient surrogate.
+
+    With $\rho_t = e^{\log\pi(t) - \log\pi_{old}(t)}$ the value of a token is
+    $\max(-A\rho,\; -A\,\mathrm{clip}(\rho, 1-low, 1+high))$. With `dual` (c), tokens of negative
+    advantage are further bounded from above: $\min(\cdot, -cA)$; this equals TRL's `delta = c` for
+    c >= 1 + high. A ratio exactly on a bound still has its gradient. Masked positions give 0 and
+    are masked before the exponential.
+
+    Differs between libraries: verl always applies `dual=3`; DAPO's "clip-higher" is
+    `clipped(0.2, 0.28)`. The log-ratio itself is not clamped (verl: at 20 nats).
+
+    Args:
+        low: largest decrease of the ratio that is still rewarded, from 0 to 1.
+        high: largest increase of the ratio that is still rewarded, not negative.
+        dual: bound on the ratio for negative advantages, above 1; `None` for no bound.
+
+    Returns:
+        A term with metrics `loss/policy`, `policy/clip_low_frac` (ratio below `1 - low` and
+        negative advantage), `policy/clip_high_frac` (ratio above `1 + high` and positive
+        advantage), and with `dual` also `policy/dual_clip_frac`.
+
+    Source: Schulman et al. 2017 (arXiv:1707.06347); dual clip: Ye et al. 2019 (arXiv:1912.09729);
+    clip-higher: Yu et al. 2025 (arXiv:2503.14476).
+    """
+    check_number("low", low, least=0, most=1)
+    check_number("high", high, least=0)
+    if dual is not None:
+        check_number("dual", dual, above=1)
+    return term(_clipped, builder=clipped, low=low, high=high, dual=dual)
+
+
+def _clipped(
+    scores: Scores,
+    batch: Batch,
+    *,
+    low: ScalarLike,
+    high: ScalarLike,
+    dual: ScalarLike | None,
+) -> tuple[PerToken, Metrics]:
+    delta, advantage = log_ratio(scores, batch), batch.advantages
+    ratio = jnp.exp(delta)
+    too_low = (ratio < 1 - low) & (advantage < 0)
+    too_high = (ratio > 1 + high) & (advantage > 0)
+    metrics = {
+        "policy/clip_low_frac": batch.mean(too_low.astype(ratio.dtype)),
+        "policy/clip_high_frac": batch.mean(too_high.astype(ratio.dtype)),
+    }
+    # Clipped tokens leave before the exponential: an overflow there would be 0 * inf backwards.
+    free = jnp.exp(jnp.where(too_low | too_high, jnp.zeros_like(delta), delta))
+    bounded = jnp.where(too_low, 1 - low, jnp.where(too_high, 1 + high, free))
+    if dual is not None:
+        capped = (ratio > dual) & (advantage < 0)
+        free = jnp.exp(jnp.where(too_high | capped, jnp.zeros_like(delta), delta))
+        bounded = jnp.where(capped, dual, jnp.where(too_low | too_high, bounded, free))
+        metrics["policy/dual_clip_frac"] = batch.mean(capped.astype(ratio.dtype))
+    value = -advantage * bounded
+    return value, metrics | {"loss/policy": weighted(value, batch)}
