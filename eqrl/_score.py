@@ -1,0 +1,162 @@
+"""What a policy, a reference and a critic say of a rollout's tokens."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ._logprobs import Implementation, token_logprobs
+from ._pack import pad_rows
+from ._prompts import coarse_bucket
+from ._types import PerToken, Rollout, ScalarLike, Scores
+from .models import Transformer, ValueModel, previous
+
+
+def score(
+    policy: Transformer,
+    rollout: Rollout,
+    *,
+    critic: ValueModel | None = None,
+    temperature: ScalarLike = 1.0,
+    implementation: Implementation = None,
+    buffer: int | None = None,
+    remat: bool = False,
+) -> Scores:
+    """Log-probs and entropy of the masked tokens, and the critic's values before them.
+
+    Only masked tokens go through the output head: they are gathered into one buffer first.
+
+    Args:
+        policy: the policy to ask.
+        rollout: the tokens to score; any layout of columns.
+        critic: predicts values if given.
+        temperature: the sampling temperature.
+        implementation: of `token_logprobs`.
+        buffer: how many masked tokens the buffer holds; tokens beyond it would be lost, so it must
+            be at least `rollout.mask.sum()`. Every position by default.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+    mask = rollout.mask
+    buffer = mask.size if buffer is None else min(buffer, mask.size)
+    hidden = policy(rollout.tokens, rollout.positions, remat=remat)
+    # hidden[b, previous] predicts token [b, t].
+    before = previous(rollout.positions)
+    source = before + jnp.arange(mask.shape[0], dtype=before.dtype)[:, None] * mask.shape[1]
+    (chosen,) = jnp.nonzero(mask.reshape(-1), size=buffer, fill_value=mask.size)
+    gathered = hidden.reshape(-1, hidden.shape[-1])[source.reshape(-1)[chosen % mask.size]]
+    targets = rollout.tokens.reshape(-1)[chosen % mask.size]
+    logprobs, entropy = token_logprobs(
+        gathered,
+        policy.unembedding,
+        targets,
+        temperature=temperature,
+        implementation=implementation,
+    )
+    values = None if critic is None else critic(rollout.tokens, rollout.positions, remat=remat)
+    return Scores(_scatter(logprobs, chosen, mask), _scatter(entropy, chosen, mask), values)
+
+
+def _scatter(x: Float[Array, " buffer"], where: Int[Array, " buffer"], mask) -> PerToken:
+    """Back to `[batch, time]`; entries of the buffer that hold no token fall off the end."""
+    flat = jnp.zeros((mask.size,), x.dtype).at[where].set(x, mode="drop")
+    return flat.reshape(mask.shape)
+
+
+def buffer_size(mask, parts: int) -> int:
+    """The bucket that holds the masked tokens of the fullest of `parts` equal runs of rows."""
+    counts = np.asarray(mask).sum(axis=1).reshape(parts, -1).sum(axis=1)
+    return coarse_bucket(int(counts.max(initial=0)))
+
+
+def parts_of(rows: int, micro_batch: int | None) -> tuple[int, int]:
+    """Number of micro-batches, and rows after padding them to equal size."""
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"micro_batch={micro_batch} must be at least 1, or None for all rows")
+    size = rows if micro_batch is None else min(micro_batch, rows)
+    parts = -(-rows // size)
+    return parts, parts * size
+
+
+def split(tree, parts: int):
+    """Every array `[rows, ...]` as `[parts, rows / parts, ...]`, to be scanned."""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
+
+
+def annotate(
+    rollout: Rollout,
+    requires: frozenset[str],
+    *,
+    policy: Transformer | None = None,
+    reference: Transformer | None = None,
+    critic: ValueModel | None = None,
+    temperature: ScalarLike = 1.0,
+    implementation: Implementation = None,
+    micro_batch: int | None = None,
+) -> Rollout:
+    """Fills the optional fields that `requires` names, and runs no forward pass beyond them.
+
+    Args:
+        rollout: the rollout to complete.
+        requires: of `"old_logprobs"`, `"ref_logprobs"`, `"values"`: `algorithm.requires`, plus
+            `"old_logprobs"` when the rollout serves more than one update.
+        policy: gives `old_logprobs`.
+        reference: gives `ref_logprobs`.
+        critic: gives `values`.
+        temperature: the sampling temperature.
+        implementation: of `token_logprobs`.
+        micro_batch: rows a forward pass; all at once by default.
+
+    Raises:
+        ValueError: if the model behind a required field is missing.
+    """
+    models = {"old_logprobs": policy, "ref_logprobs": reference, "values": critic}
+    names = {"old_logprobs": "policy", "ref_logprobs": "reference", "values": "critic"}
+    wanted = {name for name in models if name in requires}
+    for name in sorted(wanted):
+        if models[name] is None:
+            raise ValueError(f"`{name}` is required; pass `{names[name]}=` to `annotate`")
+    if not wanted:
+        return rollout
+    rows = rollout.tokens.shape[0]
+    parts, padded_rows = parts_of(rows, micro_batch)
+    padded = pad_rows(rollout, padded_rows)
+    found = _annotate(
+        {name: models[name] for name in wanted},
+        padded,
+        temperature,
+        implementation,
+        parts,
+        buffer_size(padded.mask, parts),
+    )
+    found = {name: x[:rows] for name, x in found.items()}
+    return eqx.tree_at(
+        lambda r: [getattr(r, name) for name in found],
+        rollout,
+        list(found.values()),
+        is_leaf=lambda x: x is None,
+    )
+
+
+@eqx.filter_jit
+def _annotate(models, rollout, temperature, implementation, parts, buffer):
+    def one(part: Rollout):
+        out = {}
+        for name, model in models.items():
+            if name == "values":
+                out[name] = jnp.where(part.mask, model(part.tokens, part.positions), 0)
+            else:
+                out[name] = score(
+                    model,
+                    part,
+                    temperature=temperature,
+                    implementation=implementation,
+                    buffer=buffer,
+                ).logprobs
+        return out
+
+    found = lax.map(one, split(rollout, parts))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+

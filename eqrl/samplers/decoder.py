@@ -1,0 +1,217 @@
+"""The in-process sampler: one prefill a prompt, one compiled decode loop."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+
+from .._prompts import Prompts
+from .._types import Rollout, wide
+from ..models import Layer, Transformer, attention, causal
+from ..models._contract import contract
+from .draw import draw
+
+
+class Decoder(eqx.Module):
+    """Samples `samples` completions of every prompt with the policy's own weights.
+
+    A prompt runs through the model once for all its completions, and its keys and values are kept
+    once. The decode loop is one compiled program that ends when every row has stopped. The key of
+    a token is `fold_in(key, prompt id, sample, index)`, so a completion depends on neither its
+    neighbours nor the batch split.
+
+    Attributes:
+        samples: completions a prompt.
+        max_tokens: completion tokens at most, the stop token included.
+        stop_ids: tokens that end a completion; any of them, also as the first token.
+        temperature: divides the logits; 0 takes the most likely token, and log-probs are then
+            those at temperature 1.
+    """
+
+    samples: int = eqx.field(static=True)
+    max_tokens: int = eqx.field(static=True)
+    stop_ids: tuple[int, ...] = eqx.field(static=True)
+    temperature: float | int = eqx.field(static=True, default=1.0)
+
+    def __check_init__(self):
+        for name in ("samples", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or above")
+
+    def __call__(self, policy: Transformer, prompts: Prompts, *, key: PRNGKeyArray) -> Rollout:
+        """See `Sampler`. Row `p * samples + s` is sample s of prompt p, and its group is
+        `p * samples`."""
+        return _sample(policy, prompts, key, self)
+
+
+class _Carry(NamedTuple):
+    """What the decode loop carries; `batch` rows, `slot` completion tokens."""
+
+    step: Int[Array, ""]
+    hidden: Float[Array, "batch d"]
+    done: Bool[Array, " batch"]
+    tokens: Int[Array, "batch slot"]
+    logprobs: Float[Array, "batch slot"]
+    mask: Bool[Array, "batch slot"]
+    keys: tuple[Float[Array, "batch kv slot head_dim"], ...]
+    values: tuple[Float[Array, "batch kv slot head_dim"], ...]
+
+
+@eqx.filter_jit
+def _sample(policy: Transformer, prompts: Prompts, key: PRNGKeyArray, decoder: Decoder) -> Rollout:
+    layers = policy.unstacked()
+    hidden, prompt_keys, prompt_values = _prefill(policy, layers, prompts)
+    lengths = jnp.sum(prompts.positions >= 0, axis=1)
+    row_keys = _row_keys(key, prompts.ids, decoder.samples)
+    lengths, hidden = (jnp.repeat(x, decoder.samples, axis=0) for x in (lengths, hidden))
+    prompt_visible = prompts.positions >= 0
+
+    def more(carry: _Carry):
+        return (carry.step < decoder.max_tokens) & ~jnp.all(carry.done)
+
+    def step(carry: _Carry) -> _Carry:
+        carry, token = _choose(policy, decoder, row_keys, carry)
+        rotary = policy.rotary((lengths + carry.step)[:, None])
+        x, keys, values = policy.embed(token[:, None]), [], []
+        visible = jnp.arange(decoder.max_tokens) <= carry.step
+        for i, layer in enumerate(layers):
+            q, k, v = layer.qkv(x, rotary)
+            keys.append(_write(carry.keys[i], k, carry.step))
+            values.append(_write(carry.values[i], v, carry.step))
+            attended = _attend(
+                q, (prompt_keys[i], prompt_values[i]), (keys[i], values[i]), prompt_visible, visible
+            )
+            x = layer.finish(x, attended)
+        return carry._replace(
+            step=carry.step + 1,
+            hidden=policy.final(x)[:, 0],
+            keys=tuple(keys),
+            values=tuple(values),
+        )
+
+    carry = lax.while_loop(more, step, _start(policy, decoder, hidden))
+    return _rollout(prompts, decoder, lengths, carry)
+
+
+def _prefill(policy: Transformer, layers: tuple[Layer, ...], prompts: Prompts):
+    """Last-position hidden state of each prompt, and its keys and values a layer."""
+    rotary = policy.rotary(prompts.positions)
+    visible = causal(prompts.positions, prompts.positions)
+    x, keys, values = policy.embed(prompts.tokens), [], []
+    for layer in layers:
+        q, k, v = layer.qkv(x, rotary)
+        x = layer.finish(x, attention(q, k, v, visible))
+        keys.append(jnp.swapaxes(k, 1, 2))
+        values.append(jnp.swapaxes(v, 1, 2))
+    last = jnp.argmax(prompts.positions, axis=1)
+    x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+    return policy.final(x)[:, 0], keys, values
+
+
+def _row_keys(
+    key: PRNGKeyArray, ids: Int[Array, " prompt"], samples: int
+) -> Key[Array, " batch"]:
+    """One key a row, from the prompt's id and the sample's index alone."""
+    of_prompt = jax.vmap(jr.fold_in, (None, 0))(key, ids)
+    of_row = jax.vmap(jax.vmap(jr.fold_in, (None, 0)), (0, None))(of_prompt, jnp.arange(samples))
+    return of_row.reshape(-1)
+
+
+def _start(policy: Transformer, decoder: Decoder, hidden: Float[Array, "batch d"]) -> _Carry:
+    batch, slots = hidden.shape[0], decoder.max_tokens
+    facts = policy.architecture
+    cache = jnp.zeros((batch, facts.num_kv_heads, slots, facts.head_dim), hidden.dtype)
+    return _Carry(
+        step=jnp.zeros((), jnp.int32),
+        hidden=hidden,
+        done=jnp.zeros((batch,), bool),
+        tokens=jnp.zeros((batch, slots), jnp.int32),
+        logprobs=jnp.zeros((batch, slots), wide(hidden.dtype)),
+        mask=jnp.zeros((batch, slots), bool),
+        keys=(cache,) * facts.num_layers,
+        values=(cache,) * facts.num_layers,
+    )
+
+
+def _choose(policy: Transformer, decoder: Decoder, row_keys: Key[Array, " batch"], carry: _Carry):
+    """Draws the next token of every row and records it where the row is still alive."""
+    logits = contract("bd,vd->bv", carry.hidden, policy.unembedding)
+    if decoder.temperature == 0:
+        token = jnp.argmax(logits, axis=1).astype(jnp.int32)
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        logprob = chosen - jax.nn.logsumexp(logits, axis=1)
+    else:
+        of_token = jax.vmap(jr.fold_in, (0, None))(row_keys, carry.step)
+        uniform = jax.vmap(lambda k: jr.uniform(k, (), logits.dtype))(of_token)
+        token, logprob = draw(logits / decoder.temperature, uniform)
+    alive = ~carry.done
+    stop = jnp.isin(token, jnp.asarray(decoder.stop_ids, jnp.int32))
+    return carry._replace(
+        done=carry.done | stop,
+        tokens=_record(carry.tokens, token, alive, carry.step),
+        logprobs=_record(carry.logprobs, logprob, alive, carry.step),
+        mask=_record(carry.mask, alive, alive, carry.step),
+    ), token
+
+
+def _record(buffer, value, alive, step):
+    column = jnp.where(alive, value, jnp.zeros((), value.dtype))[:, None]
+    return lax.dynamic_update_slice_in_dim(buffer, column, step, axis=1)
+
+
+def _write(cache, new, step):
+    """Puts the step's keys (or values) `[batch 1 kv head_dim]` into their slot."""
+    return lax.dynamic_update_slice_in_dim(cache, jnp.swapaxes(new, 1, 2), step, axis=2)
+
+
+def _attend(
+    q: Float[Array, "batch 1 heads head_dim"],
+    prompt: tuple[Array, Array],
+    completion: tuple[Array, Array],
+    prompt_visible: Bool[Array, "prompt time"],
+    visible: Bool[Array, " slot"],
+) -> Float[Array, "batch 1 heads head_dim"]:
+    """Attention of one token a row over its prompt's shared cache and its own.
+
+    Rows are grouped by prompt, so the prompt's keys are read once for all its samples.
+    """
+    prompts, kv, time, width = prompt[0].shape
+    batch = q.shape[0]
+    samples = batch // prompts
+    grouped = q.reshape(prompts, samples, kv, -1, width)
+    own = q.reshape(batch, kv, -1, width)
+    over_prompt = contract("pskrd,pktd->pskrt", grouped, prompt[0])
+    over_own = contract("bkrd,bktd->bkrt", own, completion[0])
+    hidden = jnp.finfo(over_prompt.dtype).min
+    over_prompt = jnp.where(prompt_visible[:, None, None, None, :], over_prompt, hidden)
+    over_own = jnp.where(visible[None, None, None, :], over_own, hidden)
+    over_prompt = over_prompt.reshape(batch, kv, -1, time)
+    scores = jnp.concatenate([over_prompt, over_own], axis=-1) * width**-0.5
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    of_prompt = weights[..., :time].reshape(prompts, samples, kv, -1, time)
+    attended = contract("pskrt,pktd->pskrd", of_prompt, prompt[1]).reshape(own.shape)
+    attended = attended + contract("bkrt,bktd->bkrd", weights[..., time:], completion[1])
+    return attended.astype(q.dtype).reshape(q.shape)
+
+
+def _rollout(prompts: Prompts, decoder: Decoder, lengths, carry: _Carry) -> Rollout:
+    """Prompt columns, then completion columns; the holes between them have position -1."""
+    repeat = lambda x: jnp.repeat(x, decoder.samples, axis=0)  # noqa: E731
+    count, width = prompts.tokens.shape
+    slots = jnp.arange(decoder.max_tokens, dtype=jnp.int32)
+    positions = jnp.where(carry.mask, lengths[:, None] + slots[None, :], -1)
+    before = jnp.zeros((count * decoder.samples, width))
+    return Rollout(
+        tokens=jnp.concatenate([repeat(prompts.tokens), carry.tokens], axis=1),
+        mask=jnp.concatenate([before.astype(bool), carry.mask], axis=1),
+        positions=jnp.concatenate([repeat(prompts.positions), positions], axis=1),
+        logprobs=jnp.concatenate([before.astype(carry.logprobs.dtype), carry.logprobs], axis=1),
+        group=repeat(jnp.arange(count, dtype=jnp.int32) * decoder.samples),
+        truncated=~carry.done,
+    )
