@@ -1,0 +1,399 @@
+"""Checkpoints: a pytree of arrays and a few JSON facts, whole or not there at all.
+
+`Checkpoints` keeps the training state with Orbax (extra `checkpoint`), which commits a step by
+renaming its folder: a kill in mid-save costs the step that was being saved, never an older one.
+`resolve_resume` decides what a run continues. Weights for others to read are saved by
+`eqrl.models.save`, not here.
+"""
+
+import contextlib
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+
+logger = logging.getLogger("eqrl")
+
+_FORMAT = 1
+
+
+class Checkpoints:
+    """Checkpoints of one run: `folder/<step>/`.
+
+    ```python
+    arrays, static = eqx.partition(state, eqx.is_array)
+    checkpoints.save(step, arrays, {"data": position})
+    arrays, extra = checkpoints.restore(arrays)
+    state = eqx.combine(arrays, static)
+    ```
+
+    Args:
+        folder: where the steps lie; created by the first save.
+        keep: how many of the last steps stay on disk.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; at least one checkpoint has to stay, pass keep=1")
+        self.folder = Path(folder).absolute()
+        self._keep = keep
+        self._manager = None
+        self._warned = False
+
+    def save(self, step: int, arrays: PyTree, extra: Mapping[str, Any]) -> bool:
+        """Writes one step; when this returns True it is complete on disk.
+
+        A disk or a library that fails costs this checkpoint only: one warning, False, and older
+        checkpoints stay. A step that exists already is replaced.
+
+        Args:
+            step: number of the step; the data position and counters in `extra` belong to it.
+            arrays: pytree whose leaves are jax or NumPy arrays, typed PRNG keys included.
+            extra: dict of str, int, float, bool, None, lists and dicts with text keys.
+
+        Returns:
+            Whether the checkpoint is on disk.
+
+        Raises:
+            ValueError: if a leaf is no array, or `extra` would not come back as it is.
+        """
+        _check_json(dict(extra), "extra")
+        leaves = _described(arrays)
+        facts = {"format": _FORMAT, "leaves": [d for d, _ in leaves], "extra": dict(extra)}
+        stored = {_name(i): _storable(leaf) for i, (_, leaf) in enumerate(leaves) if leaf.size}
+        # A failed write surfaces as OSError, ValueError or XlaRuntimeError, by the layer that
+        # met it. None of them may end a run whose state in memory is sound.
+        try:
+            with _quiet():
+                self._write(step, stored, facts)
+        except Exception as error:
+            self._give_up(step, error)
+            return False
+        return True
+
+    def restore(self, target: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
+        """Reads a step into the structure, dtypes and shardings of `target`.
+
+        Args:
+            target: pytree like the saved one; values are ignored, `jax.ShapeDtypeStruct` with a
+                sharding will do.
+            step: which step; `None` for the latest.
+
+        Returns:
+            The arrays, bit for bit, and `extra`.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or it belongs to another state; names the
+                first leaf that differs.
+        """
+        step = self.latest() if step is None else step
+        if step is None or step not in self.steps():
+            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+            raise ValueError(f"no {wanted} in {self.folder}; it has steps {self.steps()}")
+        leaves = _described(target)
+        with _quiet(), _reader(self.folder) as read:
+            facts = read(step, facts=_orbax().args.JsonRestore())
+            _check_same(facts, [d for d, _ in leaves], f"{self.folder}/{step}")
+            wanted = {_name(i): _how(leaf) for i, (_, leaf) in enumerate(leaves) if leaf.size}
+            restore = _orbax().args.PyTreeRestore(restore_args=wanted)
+            stored = read(step, arrays=restore) if wanted else {}
+        values = [_as_in(stored.get(_name(i)), leaf) for i, (_, leaf) in enumerate(leaves)]
+        return jtu.tree_unflatten(jtu.tree_structure(target), values), facts["extra"]
+
+    def steps(self) -> list[int]:
+        """Complete checkpoints on disk, ascending. Needs no Orbax."""
+        return _steps(self.folder)
+
+    def latest(self) -> int | None:
+        """The last complete checkpoint, or `None`."""
+        return max(self.steps(), default=None)
+
+    def drop_after(self, step: int) -> None:
+        """Removes checkpoints of later steps: those of a future that is being done again."""
+        for later in self.steps():
+            if later > step:
+                _remove(self.folder / str(later))
+        self.close()  # the manager remembers what it has listed
+
+    def close(self) -> None:
+        """Releases Orbax's threads. A later call opens them again."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with _quiet():
+                manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _write(self, step: int, stored: dict[str, Any], facts: dict[str, Any]) -> None:
+        ocp = _orbax()
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep,
+                cleanup_tmp_directories=True,
+                # Synchronous: `save` can then say truthfully whether the step is on disk.
+                enable_async_checkpointing=False,
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        if step in self.steps():
+            self._manager.delete(step)
+        # Orbax refuses an empty tree; a state without leaves still has its facts.
+        items: dict[str, Any] = {"facts": ocp.args.JsonSave(facts)}
+        if stored:
+            items["arrays"] = ocp.args.PyTreeSave(stored)
+        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
+            raise OSError("Orbax declined to save")
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        if not self._warned:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            message = "checkpoint of step %d was not saved (%s); training goes on, on disk: %s"
+            logger.warning(message, step, reason, self.steps())
+        self._warned = True
+        # After an error the manager may hold a lock or a half-open step: start a new one.
+        with contextlib.suppress(Exception):
+            self.close()
+        self._manager = None
+        for draft in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+class Resume(NamedTuple):
+    """What a run continues.
+
+    Attributes:
+        folder: the folder for `Checkpoints`.
+        step: the step to restore.
+    """
+
+    folder: Path
+    step: int
+
+
+def resolve_resume(mode: str | Path, folder: str | Path) -> Resume | None:
+    """Decides what a run in `folder` continues. Reads names only; needs no Orbax.
+
+    Args:
+        mode: `"never"` starts fresh and wants a folder without a run; `"auto"` continues the
+            latest checkpoint under `folder/checkpoints`, or starts fresh if there is none; anything
+            else is the path of a run folder, of its `checkpoints` folder, or of one step in it.
+        folder: the run folder.
+
+    Returns:
+        What to restore, or `None` to start fresh.
+
+    Raises:
+        ValueError: if the path has no checkpoint, or two runs would mix in one folder.
+    """
+    folder = Path(folder).absolute()
+    if mode == "never":
+        if _holds_run(folder):
+            remedy = "choose another --run-dir, or continue it with --resume auto"
+            raise ValueError(f"{folder} already holds a run; {remedy}")
+        return None
+    if mode == "auto":
+        return _latest_in(folder / "checkpoints")
+    found = _find(Path(mode).absolute())
+    if found.folder != folder / "checkpoints" and _holds_run(folder):
+        raise ValueError(
+            f"--resume {mode} is another run than the one {folder} already holds; choose another "
+            "--run-dir"
+        )
+    return found
+
+
+def _find(path: Path) -> Resume:
+    if not path.exists():
+        raise ValueError(f"--resume {path} does not exist; pass a run folder, auto or never")
+    if path.name.isdecimal() and int(path.name) in _steps(path.parent):
+        return Resume(path.parent, int(path.name))
+    found = _latest_in(path / "checkpoints") or _latest_in(path)
+    if found is None:
+        remedy = "pass a run folder that has checkpoints/<step>, or --resume never"
+        raise ValueError(f"--resume {path} holds no complete checkpoint; {remedy}")
+    return found
+
+
+def _latest_in(folder: Path) -> Resume | None:
+    steps = _steps(folder)
+    return Resume(folder, steps[-1]) if steps else None
+
+
+def _holds_run(folder: Path) -> bool:
+    marks = ("metrics.jsonl", "exit_status.json")
+    return any((folder / mark).exists() for mark in marks) or bool(_steps(folder / "checkpoints"))
+
+
+def _steps(folder: Path) -> list[int]:
+    # Orbax renames a finished step to its bare number; drafts carry a suffix.
+    if not folder.is_dir():
+        return []
+    found = (f for f in folder.iterdir() if f.name.isdecimal())
+    return sorted(int(f.name) for f in found if (f / "_CHECKPOINT_METADATA").exists())
+
+
+def _remove(step_folder: Path) -> None:
+    # First under a name that `_steps` does not list, so that a kill leaves no half checkpoint.
+    doomed = step_folder.with_name(f"{step_folder.name}.dropped")
+    shutil.rmtree(doomed, ignore_errors=True)
+    step_folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _name(index: int) -> str:
+    return f"{index:05d}"  # leaf paths hold dots and brackets, which Orbax reads as nesting
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _described(tree: PyTree) -> list[tuple[dict[str, Any], Any]]:
+    """Every leaf with its path, shape and dtype as JSON."""
+    described = []
+    for path, leaf in jtu.tree_flatten_with_path(tree)[0]:
+        name = jtu.keystr(path) or "the only leaf"
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"leaf {name} is a {type(leaf).__name__}, not an array; pass "
+                "`eqx.partition(state, eqx.is_array)[0]` and put plain values into `extra`"
+            )
+        facts = {"path": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+        described.append((facts, leaf))
+    return described
+
+
+def _storable(leaf: Any) -> Any:
+    leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    # Arrays committed to no device are host data: every process has its own equal copy.
+    return leaf if _sharding(leaf) is not None else np.asarray(leaf)
+
+
+def _sharding(leaf: Any) -> Any:
+    """The sharding a leaf insists on, or `None` for one that may lie anywhere."""
+    if isinstance(leaf, jax.Array):
+        return leaf.sharding if leaf.committed else None
+    return getattr(leaf, "sharding", None)
+
+
+def _how(leaf: Any) -> Any:
+    ocp = _orbax()
+    # A key's data has one dimension more than the key, so it is placed after reading.
+    sharding = None if _is_key(leaf) else _sharding(leaf)
+    if sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(
+        restore_type=jax.Array, sharding=sharding, global_shape=tuple(leaf.shape)
+    )
+
+
+def _as_in(value: Any, target: Any) -> Any:
+    """What was read, as the kind of leaf the target has; `None` stands for an empty array."""
+    if value is None:
+        value = np.zeros(target.shape, target.dtype)
+    if isinstance(target, np.ndarray):
+        return np.array(value)
+    if _is_key(target):
+        impl = jax.random.key_impl(target)
+        value = jax.random.wrap_key_data(jnp.array(value), impl=impl)
+    elif not isinstance(value, jax.Array):
+        # Weak types steer promotion and compilation; only scalars can get theirs back.
+        weak = getattr(target, "weak_type", False) and value.ndim == 0
+        value = jnp.asarray(value.item()) if weak else jnp.array(value)
+    sharding = _sharding(target)
+    return value if sharding is None else jax.device_put(value, sharding)
+
+
+def _check_same(facts: dict[str, Any], target: list[dict[str, Any]], where: str) -> None:
+    if facts["format"] != _FORMAT:
+        raise ValueError(
+            f"checkpoint {where} has format {facts['format']}, this eqrl reads {_FORMAT}; use the "
+            "eqrl that wrote it"
+        )
+    saved = facts["leaves"]
+    missing = {"path": "nothing more", "shape": None, "dtype": ""}
+    for i in range(max(len(saved), len(target))):
+        have = saved[i] if i < len(saved) else missing
+        want = target[i] if i < len(target) else missing
+        if have != want:
+            raise ValueError(
+                f"checkpoint {where} belongs to another state: it has {_spelled(have)} where this "
+                f"run has {_spelled(want)}; use the same model, algorithm and optimizer, or start "
+                "a new run"
+            )
+
+
+def _spelled(leaf: dict[str, Any]) -> str:
+    shape = leaf["shape"]
+    return leaf["path"] if shape is None else f"{leaf['path']} {leaf['dtype']}{shape}"
+
+
+def _check_json(value: Any, path: str) -> None:
+    """Refuses what JSON would change silently: tuples, number keys, NumPy scalars, objects."""
+    if value is None or type(value) in (str, int, float, bool):
+        return
+    if type(value) is list:
+        for index, item in enumerate(value):
+            _check_json(item, f"{path}[{index}]")
+    elif type(value) is dict and all(type(key) is str for key in value):
+        for key, item in value.items():
+            _check_json(item, f"{path}[{key!r}]")
+    else:
+        raise ValueError(
+            f"{path} is a {type(value).__name__} that JSON would not give back as it is; use "
+            "str, int, float, bool, None, lists, and dicts with text keys"
+        )
+
+
+@contextlib.contextmanager
+def _reader(folder: Path) -> Iterator[Callable[..., Any]]:
+    """A function that reads one item of a step and changes nothing in `folder`."""
+    # The folder may be that of another run, even of one still going on: opened for writing,
+    # the manager would sweep away the step which that run is saving right now.
+    ocp = _orbax()
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with contextlib.closing(ocp.CheckpointManager(folder, options=options)) as manager:
+
+        def read(step: int, **item: Any) -> Any:
+            (name,) = item
+            return manager.restore(step, args=ocp.args.Composite(**item))[name]
+
+        yield read
+
+
+def _orbax():
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ValueError(
+            'orbax-checkpoint is not installed; `pip install "eqrl[checkpoint]"`, or save nothing'
+        ) from error
+    return ocp
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's running commentary off the terminal, and its hands off the root logger."""
+    absl, root = logging.getLogger("absl"), logging.getLogger()
+    level, handlers = absl.level, list(root.handlers)
+    absl.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        absl.setLevel(level)
+        # Its first message hangs a handler there, which would print every library's logs.
+        root.handlers[:] = [handler for handler in root.handlers if handler in handlers]
