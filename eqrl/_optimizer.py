@@ -14,8 +14,7 @@ import optax
 import optax.contrib
 from jaxtyping import Array, Float, PyTree
 
-from ._types import ScalarLike
-from ._types import wide as wide_type
+from ._types import ScalarLike, wide as wide_type
 
 
 # Lookup tables and vectors: shrinking them, or making them orthogonal, has no use.

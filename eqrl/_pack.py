@@ -38,13 +38,11 @@ def _compact(rollout: Rollout, width: int) -> Rollout:
 
 
 def pad_rows(rollout: Rollout, rows: int) -> Rollout:
-    """Adds empty rows up to `rows`: no mask, no position, groups of their own. They train nothing."""
+    """Adds empty rows up to `rows`: no mask, no position, a group each. They train nothing."""
     missing = rows - rollout.tokens.shape[0]
     if missing == 0:
         return rollout
-    padded = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), rollout
-    )
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), rollout)
     empty = jnp.arange(rows) >= rows - missing
     positions = jnp.where(empty[:, None], -1, padded.positions)
     group = jnp.where(empty, jnp.arange(rows, dtype=padded.group.dtype), padded.group)

@@ -158,5 +158,3 @@ def _annotate(models, rollout, temperature, implementation, parts, buffer):
 
     found = lax.map(one, split(rollout, parts))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
-
-

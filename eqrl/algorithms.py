@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from . import _advantages as signals
-from . import _losses as losses
+from . import _advantages as signals, _losses as losses
 from ._checks import check_number
 from ._losses.base import AbstractTerm
 from ._masked import token_share, zero_unmasked

@@ -1,6 +1,6 @@
 """Online softmax over slices of the vocabulary: no `[token, vocab]` array, forward or backward.
 
-The forward pass keeps four numbers a token: the running maximum m, l = sum e^{z-m},
+The forward pass keeps four numbers a token: the running maximum m, mass = sum e^{z-m},
 s = sum e^{z-m} z, and the target's logit. The backward pass recomputes each slice of the logits
 and turns it at once into its share of both gradients. So it costs four matrix products where
 stored logits cost three, and memory for one slice. The last slice of a vocabulary that is no
@@ -59,25 +59,25 @@ def _forward(hidden, unembedding, targets, inverse, size):
     tokens, dtype = hidden.shape[0], inverse.dtype
 
     def step(carry, where):
-        m, l, s, chosen = carry
+        m, mass, s, chosen = carry
         start, fresh = where
         z, _, counts = _logits(hidden, unembedding, start, fresh, inverse, size)
         z = jnp.where(counts, z, -jnp.inf)
         new = jnp.maximum(m, jnp.max(z, axis=1))
         p = jnp.exp(z - new[:, None])
         shrink = jnp.exp(m - new)
-        l = l * shrink + jnp.sum(p, axis=1)
+        mass = mass * shrink + jnp.sum(p, axis=1)
         s = s * shrink + jnp.sum(p * jnp.where(counts, z, 0.0), axis=1)
         column = targets - start
         inside = (column >= fresh) & (column < size)
         picked = jnp.take_along_axis(z, jnp.clip(column, 0, size - 1)[:, None], axis=1)[:, 0]
-        return (new, l, s, jnp.where(inside, picked, chosen)), None
+        return (new, mass, s, jnp.where(inside, picked, chosen)), None
 
     zeros = jnp.zeros((tokens,), dtype)
     initial = (jnp.full((tokens,), -jnp.inf, dtype), zeros, zeros, zeros)
-    (m, l, s, chosen), _ = lax.scan(step, initial, _slices(unembedding.shape[0], size))
-    lse = m + jnp.log(l)
-    entropy = lse - s / l
+    (m, mass, s, chosen), _ = lax.scan(step, initial, _slices(unembedding.shape[0], size))
+    lse = m + jnp.log(mass)
+    entropy = lse - s / mass
     return (chosen - lse, entropy), (hidden, unembedding, targets, inverse, lse, entropy)
 
 
@@ -108,9 +108,7 @@ def _backward(size, residuals, cotangents):
 
     dtype = inverse.dtype
     initial = (jnp.zeros(hidden.shape, dtype), jnp.zeros(unembedding.shape, dtype))
-    (of_hidden, of_unembedding), _ = lax.scan(
-        step, initial, _slices(unembedding.shape[0], size)
-    )
+    (of_hidden, of_unembedding), _ = lax.scan(step, initial, _slices(unembedding.shape[0], size))
     # The temperature is a setting of the sampler, not something to learn: no gradient.
     return (
         of_hidden.astype(hidden.dtype),

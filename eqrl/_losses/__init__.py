@@ -7,13 +7,7 @@ from .reinforce import reinforce as reinforce
 from .value_loss import value_loss as value_loss
 from .weighting import (
     constant_length as constant_length,
-)
-from .weighting import (
     sequence_mean as sequence_mean,
-)
-from .weighting import (
     sequence_sum as sequence_sum,
-)
-from .weighting import (
     token_mean as token_mean,
 )

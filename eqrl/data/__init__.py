@@ -2,9 +2,10 @@
 
 from .load import load_records as load_records
 from .split import assert_disjoint as assert_disjoint
-from .stream import PromptStream as PromptStream
-from .stream import StreamState as StreamState
-from .tokenize import decode_completions as decode_completions
-from .tokenize import encode_prompts as encode_prompts
-from .tokenize import fit_prompts as fit_prompts
-from .tokenize import render as render
+from .stream import PromptStream as PromptStream, StreamState as StreamState
+from .tokenize import (
+    decode_completions as decode_completions,
+    encode_prompts as encode_prompts,
+    fit_prompts as fit_prompts,
+    render as render,
+)

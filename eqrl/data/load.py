@@ -18,7 +18,7 @@ def load_records(path: str, split: str, *, config: str | None = None) -> list[Re
 
     Args:
         path: a folder with `{split}.jsonl` or `{split}.json`; a `.jsonl` or `.json` file, which
-            is read whole whatever `split` says; or a hub id, as `openai/gsm8k`.
+            is read whole whatever `split` says; or a hub id, as `owner/name`.
         split: the split's name, as "train".
         config: a hub dataset's configuration. Without one: the only one there is, else
             "default", else "main".

@@ -1,16 +1,13 @@
 """Decoder models: Qwen2/2.5, Qwen3 and Llama/SmolLM2 in one `Transformer`."""
 
 from ._architecture import Architecture as Architecture
-from ._attention import attention as attention
-from ._attention import causal as causal
+from ._attention import attention as attention, causal as causal
 from ._layer import Layer as Layer
 from ._linear import Linear as Linear
-from ._load import Loaded as Loaded
-from ._load import load as load
+from ._load import Loaded as Loaded, load as load
 from ._previous import previous as previous
 from ._resolve import smollm2 as smollm2
-from ._rope import RopeScaling as RopeScaling
-from ._rope import Rotary as Rotary
+from ._rope import RopeScaling as RopeScaling, Rotary as Rotary
 from ._save import save as save
 from ._tokenizer import load_tokenizer as load_tokenizer
 from ._transformer import Transformer as Transformer

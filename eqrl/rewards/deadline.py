@@ -25,13 +25,8 @@ class Overtime(Exception):
 class _Interrupt(BaseException):
     """Raised inside the call when its time is up.
 
-    No `Exception`, so that user code's `except Exception` lets it by. It carries the timer that
-    raised it, because limits may be nested.
+    No `Exception`, so that user code's `except Exception` lets it by.
     """
-
-    def __init__(self, owner: object):
-        super().__init__("time is up")
-        self.owner = owner
 
 
 class _Foreign(BaseException):
@@ -74,9 +69,10 @@ class _Alarm:
 
     def __init__(self):
         self.due: float | None = None
-        self.previous = signal.signal(signal.SIGALRM, self._fire)
+        # The timer first: `_fire` must not run before these fields are set.
         delay, self.interval = signal.setitimer(signal.ITIMER_REAL, 0.0)
         self.outer = time.monotonic() + delay if delay else None
+        self.previous = signal.signal(signal.SIGALRM, self._fire)
         self._arm()
 
     def call(self, fn: Callable[[], Any], seconds: int | float) -> Any:
@@ -88,10 +84,8 @@ class _Alarm:
             finally:
                 self.due = None
                 self._arm()
-        except _Interrupt as stop:
+        except _Interrupt:  # of this alarm: another one's would arrive as `_Foreign`
             self.due = None
-            if stop.owner is not self:
-                raise
             self._arm()
             raise Overtime(f"took longer than {seconds:g} s") from None
 
@@ -119,7 +113,7 @@ class _Alarm:
             # Again later: the call may have swallowed the first one in a bare `except`.
             self.due = now + 0.5
             self._arm()
-            raise _Interrupt(self)
+            raise _Interrupt
         else:
             self._arm()
 

@@ -29,7 +29,7 @@ def answer_marker(marker: str = "####") -> Named:
     """Format of marked answers: 1.0 where the text ends with one line `marker number`.
 
     The marker must occur exactly once, so listing many candidates earns nothing. A full stop and
-    white space after the number are allowed. GSM8K's solutions all pass with the default.
+    white space after the number are allowed. Reference solutions that end so all pass.
 
     Args:
         marker: the text that announces the answer.
@@ -49,7 +49,7 @@ def answer_marker(marker: str = "####") -> Named:
         before, _, after = completion.partition(marker)
         own_line = not before or before.rstrip(" \t").endswith("\n")
         text = after.replace("\u2212", "-")
-        return float(own_line and marker not in after and line.fullmatch(text) is not None)
+        return float(own_line and line.fullmatch(text) is not None)
 
     return Named(ends_marked, "reward_marker", f"answer_marker({marker!r})")
 

@@ -73,9 +73,8 @@ def extract_number(text: str) -> Fraction | None:
 def number_after(text: str, marker: str = "####") -> Fraction | None:
     """The number directly after the last `marker` that has one, on the same line.
 
-    This is the strict reading: with the default marker, GSM8K's own answer format. Spaces and a
-    currency sign may stand between; words may not. `#### 1. First step` is a heading, no answer.
-
+    This is the strict reading. Spaces and a currency sign may stand between; words may not.
+    `#### 1. First step` is a heading, no answer.
     Args:
         text: a completion.
         marker: the text that announces the answer.

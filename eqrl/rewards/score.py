@@ -107,7 +107,7 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) and abs(number) <= _LARGEST else None
+    return number if abs(number) <= _LARGEST else None  # false for NaN, too
 
 
 def _warn_once(name: str, message: str) -> None:

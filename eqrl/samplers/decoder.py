@@ -114,9 +114,7 @@ def _prefill(policy: Transformer, layers: tuple[Layer, ...], prompts: Prompts):
     return policy.final(x)[:, 0], keys, values
 
 
-def _row_keys(
-    key: PRNGKeyArray, ids: Int[Array, " prompt"], samples: int
-) -> Key[Array, " batch"]:
+def _row_keys(key: PRNGKeyArray, ids: Int[Array, " prompt"], samples: int) -> Key[Array, " batch"]:
     """One key a row, from the prompt's id and the sample's index alone."""
     of_prompt = jax.vmap(jr.fold_in, (None, 0))(key, ids)
     of_row = jax.vmap(jax.vmap(jr.fold_in, (None, 0)), (0, None))(of_prompt, jnp.arange(samples))

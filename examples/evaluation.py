@@ -1,0 +1,147 @@
+"""Held-out accuracy, strict and lenient, greedy or sampled, of any number of problems."""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.random as jr
+import numpy as np
+from config import Config
+from task import Task
+
+import eqrl
+from eqrl import data, models, rewards, samplers, tracking
+
+
+# Completions a pass. A constant: accuracy must not depend on how training is batched.
+_ROWS = 64
+
+
+class Encoded(NamedTuple):
+    """Records and their prompts' tokens, those too long left out."""
+
+    records: list[Mapping[str, Any]]
+    tokens: list[list[int]]
+
+
+def encode(
+    records: Sequence[Mapping[str, Any]], tokenizer: Any, system: str | None, limit: int
+) -> Encoded:
+    """Chat-templates and tokenizes every question; leaves out, and counts, the too long ones."""
+    tokens = data.encode_prompts([r["question"] for r in records], tokenizer, system=system)
+    kept = data.fit_prompts(tokens, limit, drop=True)
+    return Encoded([records[i] for i in kept], [tokens[i] for i in kept])
+
+
+class Evaluator:
+    """Samples held-out problems and scores them.
+
+    Attributes:
+        samples: completions of the last evaluation, for reading.
+    """
+
+    def __init__(
+        self,
+        held_out: Encoded,
+        task: Task,
+        loaded: models.Loaded,
+        tokenizer: Any,
+        config: Config,
+    ):
+        self._held_out, self._task, self._tokenizer = held_out, task, tokenizer
+        self._config = config
+        self._decoder = samplers.Decoder(
+            config.eval.samples,
+            config.rollout.max_tokens or 1,
+            loaded.stop_ids,
+            config.eval.temperature,
+        )
+        self._sweeps: list[dict[str, float]] = []
+        self.samples: list[tracking.Sample] = []
+
+    def light(self, policy: models.Transformer) -> dict[str, float]:
+        """`eval/*` on the first `--eval.prompts` problems."""
+        return self._evaluate(policy, self._config.eval.prompts, "eval")
+
+    def full(self, policy: models.Transformer) -> dict[str, float]:
+        """`eval_full/*` on `--eval.full` problems (0 = all), and the same numbers as `eval/*`."""
+        if self._config.eval.full is None:
+            return {}
+        found = self._evaluate(policy, self._config.eval.full, "eval_full")
+        found["eval_full/accuracy"] = found["eval_full/acc_strict"]
+        self._sweeps.append(found)
+        return found
+
+    def print_summary(self) -> None:
+        """Accuracy before and after, if both were measured."""
+        if len(self._sweeps) < 2:
+            return
+        before, after = self._sweeps[0], self._sweeps[-1]
+        problems = int(before["eval_full/problems"])
+        print(f"held-out accuracy on {problems} problems   before   after")
+        for name in ("acc_strict", "acc_lenient"):
+            a, b = before[f"eval_full/{name}"], after[f"eval_full/{name}"]
+            print(f"  {name.removeprefix('acc_'):<34} {a:7.1%} {b:7.1%}")
+
+    def _evaluate(self, policy: models.Transformer, count: int, prefix: str) -> dict[str, float]:
+        start = time.perf_counter()
+        size = len(self._held_out.records)
+        chosen = range(min(count or size, size))
+        texts, lengths, truncated = self._complete(policy, chosen)
+        records = [self._held_out.records[i] for i in chosen for _ in range(self._decoder.samples)]
+        judge = functools.partial(
+            rewards.score, completions=texts, examples=records, timeout=self._config.reward.timeout
+        )
+        scored = judge(self._task.rewards)
+        verdict = judge([self._task.strict, self._task.lenient]).components
+        weights = self._config.reward.weights or self._task.weights
+        names = rewards.reward_names(self._task.rewards)
+        self._keep(chosen, texts, names, scored.components)
+        total = rewards.weighted(scored.components, weights)
+        found = {
+            f"{prefix}/acc_strict": float(verdict[:, 0].mean()),
+            f"{prefix}/acc_lenient": float(verdict[:, 1].mean()),
+            f"{prefix}/reward/total/mean": float(total.mean()),
+            f"{prefix}/len_mean": float(lengths.mean()),
+            f"{prefix}/truncated_frac": float(truncated.mean()),
+            f"{prefix}/problems": float(len(chosen)),
+        }
+        for name, mean in zip(names, scored.components.mean(axis=0), strict=True):
+            found[f"{prefix}/reward/func/{name}/mean"] = float(mean)
+        correct = verdict[:, 1].reshape(len(chosen), -1)
+        k = 1
+        while k <= correct.shape[1]:
+            found[f"{prefix}/pass@{k}"] = eqrl.pass_at_k(correct, k)
+            k *= 2
+        return found | {f"time/{prefix}/step_s": time.perf_counter() - start}
+
+    def _complete(self, policy: models.Transformer, chosen: Sequence[int]):
+        """Texts, lengths and truncation of all completions, a constant number of rows a pass."""
+        prompts = max(1, _ROWS // self._decoder.samples)
+        width = max(map(len, self._held_out.tokens))
+        texts, lengths, truncated = [], [], []
+        for start in range(0, len(chosen), prompts):
+            part = list(chosen[start : start + prompts])
+            rows = part + part[-1:] * (prompts - len(part))  # one shape, one program
+            batch = eqrl.pad_prompts([self._held_out.tokens[i] for i in rows], rows, width=width)
+            # Not the training seed: evaluation draws from a stream of its own.
+            rollout = self._decoder(policy, batch, key=jr.key(self._config.seed + 2**16))
+            keep = len(part) * self._decoder.samples
+            mask = np.asarray(rollout.mask)[:keep]
+            tokens = np.asarray(rollout.tokens)[:keep]
+            texts += data.decode_completions(tokens, mask, self._tokenizer)
+            lengths.append(mask.sum(axis=1))
+            truncated.append(np.asarray(rollout.truncated)[:keep])
+        return texts, np.concatenate(lengths), np.concatenate(truncated)
+
+    def _keep(self, chosen, texts, names, components) -> None:
+        self.samples = [
+            tracking.Sample(
+                str(self._held_out.records[i]["question"]),
+                texts[row * self._decoder.samples],
+                str(self._held_out.records[i]["answer"]),
+                dict(zip(names, map(float, components[row * self._decoder.samples]), strict=True)),
+            )
+            for row, i in enumerate(chosen[:16])
+        ]

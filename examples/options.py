@@ -1,0 +1,177 @@
+"""Everything the command line of the examples can ask for, one dataclass a group.
+
+`None` means "follow the model or the algorithm"; `config.resolve` fills it. Zero always means zero.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+
+# Short placeholders keep flag and help on one line.
+Count = Annotated[int, arg(metavar="N")]
+Number = Annotated[float, arg(metavar="X")]
+Text = Annotated[str, arg(metavar="TEXT")]
+CountOrNone = Annotated[int | None, arg(metavar="N")]
+# Open until `resolve` fills it, so the default is told in the help instead of printed as `None`.
+# Type checkers see Any: scripts read resolved configurations, which hold numbers.
+if TYPE_CHECKING:
+    OpenCount = OpenNumber = OpenText = Any
+else:
+    OpenCount = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+    OpenNumber = Annotated[float | None, arg(metavar="X", help_behavior_hint="")]
+    OpenText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+
+AlgorithmName = Literal[
+    "reinforce", "ppo", "grpo", "rloo", "dapo", "reinforce++", "reinforce++-baseline", "dr_grpo"
+]
+
+
+# What is learned from a batch.
+@dataclasses.dataclass(frozen=True)
+class Algo:
+    name: AlgorithmName = "grpo"
+    """advantage, objective, weighting and selection, as published"""
+    advantage: OpenText = None
+    """another advantage, e.g. "rloo() | whiten() | clip(5.0)\""""
+    objective: OpenText = None
+    """another objective, e.g. "clipped(0.2, 0.28)\""""
+    kl: OpenNumber = None
+    """KL coefficient (default: the algorithm's own)"""
+    epochs: OpenCount = None
+    """passes over each rollout (default: ppo 2, else 1)"""
+    minibatches: OpenCount = None
+    """updates per pass (default: ppo 4, else 1)"""
+    max_refills: OpenCount = None
+    """dynamic sampling: extra rollouts per step at most (default: dapo 3)"""
+
+
+# Which problems.
+@dataclasses.dataclass(frozen=True)
+class Data:
+    path: Text = "demo"
+    """demo (generated word problems), a folder of JSONL, or a hub id"""
+    split: Text = "train"
+    """problems to train on"""
+    eval_split: OpenText = None
+    """held-out problems (default: demo held_out, else test)"""
+    limit: Count = 0
+    """train on the first N problems only; 0 = all"""
+    system_prompt: OpenText = None
+    """default: the data set's own; "" = none"""
+    max_prompt_tokens: Count = 512
+    """longer prompts are left out and counted"""
+
+
+# What is sampled in one step.
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    prompts: OpenCount = None
+    """prompts per step (default: demo 16, else 4)"""
+    samples: OpenCount = None
+    """completions per prompt (default: demo 8, else 4)"""
+    max_tokens: OpenCount = None
+    """new tokens per completion at most (default: demo 64, else 256)"""
+    temperature: Number = 1.0
+    """of sampling, and of the log-probs that train"""
+    backend: Literal["naive"] = "naive"
+    """naive = in-process decoder"""
+
+
+# What a completion is worth.
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    weights: tuple[float, ...] = ()
+    """one a reward function (default: the task's own; gsm8k: 1 0.5 0)"""
+    timeout: Number = 5.0
+    """seconds one call may take; a late one costs that sample"""
+
+
+# How parameters move.
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    name: Literal["adamw", "lion", "sgd", "muon"] = "adamw"
+    """optimizer of the policy; the critic's is adamw"""
+    lr: OpenNumber = None
+    """peak learning rate (default: demo 3e-4, else 1e-6)"""
+    critic_lr: OpenNumber = None
+    """the critic's peak rate (default: demo 1e-3, else 1e-5)"""
+    schedule: Literal["constant", "warmup_cosine"] = "constant"
+    """counted in updates"""
+    warmup_ratio: OpenNumber = None
+    """warm-up's share of all updates (default: 0.05)"""
+    clip_norm: Number = 1.0
+    """global gradient norm at most; 0 = off"""
+    weight_decay: Number = 0.0
+    """on matrices only"""
+    micro_batch: Count = 0
+    """sequences per forward and backward; 0 = a whole minibatch"""
+
+
+# Held-out problems.
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    every: Count = 10
+    """steps between light evaluations; 0 = only before and after"""
+    prompts: Count = 64
+    """problems of a light evaluation"""
+    full: CountOrNone = 256
+    """problems of the sweep before and after; 0 = all, None = no sweep"""
+    samples: Count = 1
+    """completions per problem: the k of pass@k"""
+    temperature: Number = 0.0
+    """0 = greedy"""
+
+
+# What survives a crash.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: Count = 0
+    """steps between checkpoints; 0 = only at the end"""
+    keep: Count = 2
+    """how many of the newest stay; 0 = all"""
+
+
+# Where metrics go besides metrics.jsonl.
+@dataclasses.dataclass(frozen=True)
+class Track:
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """a missing key or server costs one warning, never the run"""
+    project: Text = "eqrl"
+    """W&B project"""
+    name: OpenText = None
+    """W&B run name (default: the run folder's)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Post-train a language model by reinforcement learning.
+
+    --config run.yaml reads these names from YAML; the command line wins over it.
+    """
+
+    model: Text = "demo"
+    """demo (embedded), smollm2 (PyPI), a folder, a GGUF file or a hub id"""
+    steps: OpenCount = None
+    """rollout batches (default: demo 60, else 100); 0 = only evaluate"""
+    seed: Count = 0
+    """same seed, same run"""
+    run_dir: OpenText = None
+    """folder of everything written (default: runs/<time>-<algorithm>)"""
+    resume: Text = "auto"
+    """auto (if the run folder has a checkpoint), never, or a run folder"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of parameters and matrix products"""
+    policy_loss_impl: Literal["reference", "chunked", "jax", "auto"] = "auto"
+    """log-prob kernel; jax = chunked"""
+    print_config: bool = False
+    """print everything resolved and derived, and stop"""
+    algo: Algo = Algo()
+    data: Data = Data()
+    rollout: Rollout = Rollout()
+    reward: Reward = Reward()
+    optim: Optim = Optim()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    track: Track = Track()

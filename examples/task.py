@@ -1,0 +1,32 @@
+"""What a script trains on: problems, what a completion earns, and when it is right."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eqrl.rewards import Reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything `training.train` needs to know of a data set.
+
+    Attributes:
+        name: stands above tables and curves.
+        train: records to train on, each with `question` and `answer` and whatever rewards read.
+        held_out: records to evaluate on; none of them in `train`.
+        rewards: what a completion earns; by convention the first says whether it is right.
+        weights: of the rewards in the training signal; metrics are never weighted.
+        strict: 1.0 for a right answer in the form that was asked for.
+        lenient: 1.0 for a right answer in any form.
+        system: system message of every prompt; `None` for none.
+    """
+
+    name: str
+    train: Sequence[Mapping[str, Any]]
+    held_out: Sequence[Mapping[str, Any]]
+    rewards: tuple[Reward, ...]
+    weights: tuple[float, ...]
+    strict: Reward
+    lenient: Reward
+    system: str | None = None

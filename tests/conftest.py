@@ -1,0 +1,67 @@
+"""Settings of the whole test session, and the few fixtures that many tests share.
+
+The environment is set before `jax` is imported, because jax reads it only then; subprocesses that
+tests start inherit it.
+"""
+
+import os
+import pathlib
+import tempfile
+
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compilation is most of the suite's time; a second run reads it from disk. The default thresholds
+# skip small programs, which are half of it. The key holds the jax version.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "eqrl-test-jax-cache")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Every annotation in eqrl is checked at run time while tests run; the library itself never pays.
+install_import_hook("eqrl", "beartype.beartype")
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def x64():
+    """float64 within one test, for comparisons to 1e-10 and finite differences."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def getkey():
+    """A function that returns a fresh PRNG key at each call, the same ones in every run."""
+    counter = iter(range(1_000_000))
+
+    def next_key() -> jax.Array:
+        return jax.random.fold_in(jax.random.key(2036), next(counter))
+
+    return next_key
+
+
+@pytest.fixture
+def root() -> pathlib.Path:
+    """The repository's root folder."""
+    return _ROOT
+
+
+@pytest.fixture
+def shared() -> pathlib.Path:
+    """The folder `../shared` with real data; skips where the checkout has none beside it."""
+    folder = _ROOT.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("needs ../shared (real GSM8K), which is not beside this checkout")
+    return folder

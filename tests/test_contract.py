@@ -1,0 +1,421 @@
+"""What every transform, term and weighting promises, whatever it computes. One row a member."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from eqrl import _advantages as signals, _losses as losses
+from eqrl._parse import parse
+from eqrl._types import Batch, Rollout, Scores
+
+
+class Member(NamedTuple):
+    builder: Callable
+    arguments: dict[str, Any] = {}
+    vary: dict[str, Any] = {}  # numeric hyperparameters with a second legal value
+    constant_is_zero: bool = False  # equal scores give exactly 0
+
+    def build(self, **others):
+        return self.builder(**(self.arguments | others))
+
+    def __repr__(self):
+        return repr(self.build())
+
+
+TRANSFORMS = [
+    Member(signals.group_norm, {}, {"eps": 0.1}, True),
+    Member(signals.group_norm, {"ddof": 0, "eps": 0}, {"ddof": 1}, True),
+    Member(signals.group_center, constant_is_zero=True),
+    Member(signals.rloo, constant_is_zero=True),
+    Member(signals.batch_norm, {}, {"eps": 0.1}, True),
+    Member(signals.batch_norm, {"ddof": 0, "eps": 0}, {"ddof": 1}, True),
+    Member(signals.batch_center, constant_is_zero=True),
+    Member(signals.whiten, {}, {"eps": 0.1}),
+    Member(signals.whiten, {"ddof": 0, "eps": 0}, {"ddof": 1}),
+    Member(signals.returns, {}, {"gamma": 0.9}),
+    Member(signals.returns, {"gamma": 0.0}),
+    Member(signals.gae, {}, {"gamma": 0.9, "lam": 0.5}),
+    Member(signals.gae, {"gamma": 0, "lam": 0}),
+    Member(signals.add_values),
+    Member(signals.kl_penalty, {"coef": 0.1}, {"coef": 0.2}),
+    Member(signals.kl_penalty, {"coef": 0.1, "estimator": "k2"}, {"coef": 0.2}),
+    Member(signals.kl_penalty, {"coef": 0.1, "estimator": "k3"}, {"coef": 0.2}),
+    Member(
+        signals.overlong,
+        {"max_tokens": 6, "buffer": 4},
+        {"max_tokens": 5, "buffer": 2, "penalty": 3.0},
+    ),
+    Member(signals.clip, {"limit": 0.5}, {"limit": 1.0}),
+    Member(signals.scale, {"factor": -2.0}, {"factor": 0.5}),
+    Member(signals.shift, {"offset": -2.0}, {"offset": 0.5}),
+    Member(signals.ema_baseline, {}, {"decay": 0.5}),
+]
+TERMS = [
+    Member(losses.clipped, {}, {"low": 0.1, "high": 0.3}),
+    Member(losses.clipped, {"high": 0.28, "dual": 1.1}, {"dual": 3.0}),
+    Member(losses.clipped, {"low": 0, "high": 0}),
+    Member(losses.reinforce),
+    Member(losses.kl),
+    Member(losses.kl, {"estimator": "k1"}),
+    Member(losses.kl, {"estimator": "k2"}),
+    Member(losses.entropy_bonus),
+    Member(losses.value_loss, {}, {"clip": 0.5}),
+    Member(losses.value_loss, {"clip": None}),
+]
+WEIGHTINGS = [
+    Member(losses.token_mean),
+    Member(losses.sequence_mean),
+    Member(losses.sequence_sum),
+    Member(losses.constant_length, {"length": 6}, {"length": 3.0}),
+]
+transforms = pytest.mark.parametrize("member", TRANSFORMS, ids=repr)
+terms = pytest.mark.parametrize("member", TERMS, ids=repr)
+weightings = pytest.mark.parametrize("member", WEIGHTINGS, ids=repr)
+varied = lambda table: pytest.mark.parametrize(  # noqa: E731
+    "member, name, other", [(m, *item) for m in table for item in m.vary.items()], ids=repr
+)
+
+
+def run(transform, signal, rollout):
+    return transform.update(signal, transform.init(), rollout)[0]
+
+
+def same(a, b):
+    """Equal up to the rounding of a different order of summation."""
+    tolerance = 1e-12 if np.asarray(b).dtype == np.float64 else 2e-5
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def per_token(tree, change):
+    """`change` on every float `[batch, time]` leaf."""
+    floating = lambda x: x.shape[1:] == (8,) and jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda x: change(x) if floating(x) else x, tree)
+
+
+def poison(tree, mask, value):
+    """NaN or infinity on every unmasked position of every float array."""
+    return per_token(tree, lambda x: jnp.where(mask, x, value))
+
+
+def pad(x, fill):
+    """Two columns and three rows of `fill` more."""
+    return jnp.pad(x, [(0, 3), (0, 2)][: x.ndim], constant_values=fill)
+
+
+def padded(rollout: Rollout) -> Rollout:
+    wide = per_token(rollout, lambda x: pad(x, jnp.nan))
+    return dataclasses.replace(
+        wide,
+        tokens=pad(rollout.tokens, 0),
+        mask=pad(rollout.mask, False),
+        positions=pad(rollout.positions, -1),
+        group=pad(rollout.group, 1),
+        truncated=pad(rollout.truncated, False),
+        rewards=jnp.pad(rollout.rewards, [(0, 3), (0, 0)]),
+    )
+
+
+# --- transforms ------------------------------------------------------------------------------
+
+
+@transforms
+def test_transform_keeps_shape_dtype_and_unmasked_zeros(member):
+    signal, rollout = oracles.world(dtype=jnp.float32)
+    out = run(member.build(), signal, rollout)
+    assert (out.shape, out.dtype) == (signal.shape, jnp.float32)
+    assert np.all(np.asarray(out)[~np.asarray(rollout.mask)] == 0)
+    assert np.any(np.asarray(out) != 0)
+
+
+@transforms
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_transform_keeps_dtype_in_x64(member, dtype, x64):
+    signal, rollout = oracles.world(dtype=dtype)
+    assert run(member.build(), signal, rollout).dtype == dtype
+
+
+@transforms
+def test_transform_jit_equals_eager(member):
+    signal, rollout = oracles.world()
+    transform = member.build()
+    compiled = jax.jit(lambda s, r: run(transform, s, r))(signal, rollout)
+    same(compiled, run(transform, signal, rollout))
+
+
+@transforms
+def test_transform_is_a_pytree_argument(member):
+    # Hyperparameters are leaves, options are structure: plain `jax.jit` takes the transform.
+    signal, rollout = oracles.world()
+    transform = member.build()
+    same(jax.jit(run)(transform, signal, rollout), run(transform, signal, rollout))
+
+
+@varied(TRANSFORMS)
+def test_transform_vmaps_over_hyperparameters(member, name, other, x64):
+    signal, rollout = oracles.world()
+    first = member.build().lifted.hyperparameters[name] if name != "decay" else 0.95
+    both = jnp.asarray([first, other], float)
+    # From the state after one batch, so that a decay matters.
+    build = lambda value: member.build(**{name: value})  # noqa: E731
+    twice = lambda t: t.update(signal, t.update(signal, t.init(), rollout)[1], rollout)  # noqa: E731
+    out = jax.vmap(lambda value: twice(build(value))[1])(both)
+    out = (out, jax.vmap(lambda value: twice(build(value))[0])(both))
+    for i, value in enumerate((first, other)):
+        advantage, state = twice(build(value))
+        same(out[1][i], advantage)
+        jax.tree.map(lambda a, b: same(a[i], b), out[0], state)  # noqa: B023
+    if name != "decay":
+        assert not np.allclose(out[1][0], out[1][1])
+
+
+@transforms
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_transform_ignores_unmasked(member, value):
+    signal, rollout = oracles.world()
+    transform, mask = member.build(), rollout.mask
+    probe = jnp.cos(jnp.arange(signal.size, dtype=signal.dtype).reshape(signal.shape))
+
+    def scalar(signal, rollout):
+        out = run(transform, signal, rollout)
+        return jnp.sum(out * probe), out
+
+    gradient = jax.jit(jax.grad(scalar, has_aux=True))
+    clean, out = gradient(signal, rollout)
+    dirty, dirty_out = gradient(poison(signal, mask, value), poison(rollout, mask, value))
+    np.testing.assert_array_equal(dirty_out, out)
+    np.testing.assert_array_equal(dirty, clean)
+    assert np.all(np.isfinite(clean)) and np.all(np.asarray(clean)[~np.asarray(mask)] == 0)
+
+
+@transforms
+def test_transform_does_not_see_padding(member):
+    signal, rollout = oracles.world()
+    transform = member.build()
+    probe = jnp.cos(jnp.arange(signal.size, dtype=signal.dtype).reshape(signal.shape))
+
+    def scalar(signal, rollout, probe):
+        return jnp.sum(run(transform, signal, rollout) * probe)
+
+    rows, columns = signal.shape
+    wide_signal, wide_rollout = pad(signal, jnp.nan), padded(rollout)
+    out = run(transform, wide_signal, wide_rollout)
+    same(out[:rows, :columns], run(transform, signal, rollout))
+    assert np.all(np.asarray(out[rows:]) == 0) and np.all(np.asarray(out[:, columns:]) == 0)
+    gradient = jax.grad(scalar)(wide_signal, wide_rollout, pad(probe, 1.0))
+    same(gradient, pad(jax.grad(scalar)(signal, rollout, probe), 0.0))
+
+
+@transforms
+def test_transform_follows_the_order_of_rows_and_names_of_groups(member, x64):
+    signal, rollout = oracles.world()
+    rng = np.random.default_rng(5)
+    order, names = rng.permutation(len(signal)), jnp.asarray(rng.permutation(11), jnp.int32)
+    moved = jax.tree.map(lambda x: x[order], rollout)
+    moved = dataclasses.replace(moved, group=names[moved.group])
+    transform = member.build()
+    same(run(transform, signal[order], moved), run(transform, signal, rollout)[order])
+
+
+@transforms
+def test_transform_survives_a_batch_without_tokens(member):
+    signal, rollout = oracles.world()
+    empty = dataclasses.replace(rollout, mask=jnp.zeros_like(rollout.mask))
+    scalar = lambda s: jnp.sum(run(member.build(), s, empty))  # noqa: E731
+    assert np.all(np.asarray(run(member.build(), signal, empty)) == 0)
+    assert np.all(np.asarray(jax.grad(scalar)(signal)) == 0)
+
+
+@pytest.mark.parametrize("member", [m for m in TRANSFORMS if m.constant_is_zero], ids=repr)
+@pytest.mark.parametrize("score", [7.41, 0.1, -3.3, 1e-3, 2e6])
+def test_equal_scores_give_exactly_zero(member, score):
+    _, rollout = oracles.world(dtype=jnp.float32)
+    mask = jnp.zeros((15, 8), bool).at[:, 3:5].set(True)
+    fifteen = Rollout(
+        tokens=jnp.zeros((15, 8), jnp.int32),
+        mask=mask,
+        positions=jnp.zeros((15, 8), jnp.int32),
+        logprobs=jnp.zeros((15, 8)),
+        group=jnp.zeros(15, jnp.int32),
+        truncated=jnp.zeros(15, bool),
+    )
+    signal = jnp.zeros((15, 8), jnp.float32).at[:, 4].set(score)
+    for function in (run, jax.jit(run)):
+        out = function(member.build(), signal, fifteen)
+        np.testing.assert_array_equal(out, np.zeros((15, 8), np.float32))
+
+
+@transforms
+def test_transform_state_keeps_its_structure(member):
+    signal, rollout = oracles.world()
+    transform = member.build()
+    state = transform.init()
+    for _ in range(2):
+        _, after = transform.update(signal, state, rollout)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+        state = after
+
+
+@pytest.mark.parametrize("member", TRANSFORMS + TERMS + WEIGHTINGS, ids=repr)
+def test_member_prints_as_what_builds_it(member):
+    piece = member.build()
+    assert parse(repr(piece)) == piece
+    assert piece == member.build() and hash(piece) == hash(member.build())
+    assert repr(piece).startswith(f"{member.builder.__name__}(")
+
+
+def test_every_member_has_a_row_and_a_source():
+    public = {
+        x
+        for module in (signals, losses)
+        for name, x in vars(module).items()
+        if callable(x) and not name.startswith("_")
+    }
+    assert public == {m.builder for m in TRANSFORMS + TERMS + WEIGHTINGS}
+    for builder in public:
+        assert "Source:" in builder.__doc__ or "Returns:" in builder.__doc__, builder
+
+
+# --- terms -----------------------------------------------------------------------------------
+
+
+def loss_of(term, scores: Scores, batch: Batch):
+    value, metrics = term(scores, batch)
+    return jnp.sum(batch.weights * value), (value, metrics)
+
+
+graded = jax.jit(jax.grad(loss_of, argnums=1, has_aux=True))
+
+
+@terms
+def test_term_keeps_shape_dtype_and_unmasked_zeros(member):
+    scores, batch = oracles.loss_world(dtype=jnp.float32)
+    value, metrics = member.build()(scores, batch)
+    assert (value.shape, value.dtype) == (scores.logprobs.shape, jnp.float32)
+    assert np.all(np.asarray(value)[~np.asarray(batch.rollout.mask)] == 0)
+    assert all(x.shape == () and x.dtype == jnp.float32 for x in metrics.values())
+
+
+@terms
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_term_keeps_dtype_in_x64(member, dtype, x64):
+    scores, batch = oracles.loss_world(dtype=dtype)
+    value, metrics = member.build()(scores, batch)
+    assert {value.dtype, *(x.dtype for x in metrics.values())} == {jnp.dtype(dtype)}
+
+
+@terms
+def test_term_jit_equals_eager(member, x64):
+    scores, batch = oracles.loss_world()
+    term = member.build()
+    gradient, aux = graded(term, scores, batch)
+    jax.tree.map(same, aux, term(scores, batch))
+    jax.tree.map(same, gradient, jax.grad(loss_of, 1, has_aux=True)(term, scores, batch)[0])
+
+
+@varied(TERMS)
+def test_term_vmaps_over_hyperparameters(member, name, other, x64):
+    scores, batch = oracles.loss_world()
+    first = member.build().lifted.hyperparameters[name]
+    value_of = lambda x: member.build(**{name: x})(scores, batch)[0]  # noqa: E731
+    both = jax.vmap(value_of)(jnp.asarray([first, other], float))
+    same(both, jnp.stack([value_of(first), value_of(other)]))
+    assert not np.allclose(both[0], both[1])
+
+
+@terms
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_term_ignores_unmasked(member, value):
+    scores, batch = oracles.loss_world()
+    mask = batch.rollout.mask
+    clean, (out, metrics) = graded(member.build(), scores, batch)
+    weights, share = batch.weights, batch.share
+    batch = dataclasses.replace(poison(batch, mask, value), weights=weights, share=share)
+    dirty, (dirty_out, dirty_metrics) = graded(member.build(), poison(scores, mask, value), batch)
+    np.testing.assert_array_equal(dirty_out, out)
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+    jax.tree.map(np.testing.assert_array_equal, dirty_metrics, metrics)
+    for leaf in jax.tree.leaves(clean):
+        assert np.all(np.isfinite(leaf)) and np.all(np.asarray(leaf)[~np.asarray(mask)] == 0)
+
+
+@terms
+def test_term_does_not_see_padding(member):
+    scores, batch = oracles.loss_world()
+    wide = Batch(
+        padded(batch.rollout),
+        pad(batch.advantages, jnp.nan),
+        pad(batch.weights, 0.0),
+        pad(batch.share, 0.0),
+        pad(batch.targets, jnp.nan),
+    )
+    wide_scores = per_token(scores, lambda x: pad(x, jnp.nan))
+    gradient, (value, metrics) = graded(member.build(), scores, batch)
+    wide_gradient, (wide_value, wide_metrics) = graded(member.build(), wide_scores, wide)
+    same(wide_value, pad(value, 0.0))
+    jax.tree.map(same, wide_metrics, metrics)
+    jax.tree.map(lambda a, b: same(a, pad(b, 0.0)), wide_gradient, gradient)
+
+
+@terms
+def test_term_follows_the_order_of_rows(member, x64):
+    scores, batch = oracles.loss_world()
+    order = np.random.default_rng(5).permutation(len(batch.weights))
+    moved_scores, moved = jax.tree.map(lambda x: x[order], (scores, batch))
+    value, metrics = member.build()(scores, batch)
+    moved_value, moved_metrics = member.build()(moved_scores, moved)
+    same(moved_value, value[order])
+    jax.tree.map(same, moved_metrics, metrics)
+
+
+@terms
+def test_term_adds_up_over_any_split(member, x64):
+    scores, batch = oracles.loss_world()
+    whole_gradient, (_, metrics) = graded(member.build(), scores, batch)
+    pieces = [np.array([0, 4, 9]), np.array([1]), np.array([2, 3, 5, 6, 7, 8, 10])]
+    sums = jax.tree.map(jnp.zeros_like, metrics)
+    for rows in pieces:
+        part = jax.tree.map(lambda x: x[rows], (scores, batch))  # noqa: B023
+        gradient, (_, part_metrics) = graded(member.build(), *part)
+        jax.tree.map(lambda a, b: same(a, b[rows]), gradient, whole_gradient)  # noqa: B023
+        sums = jax.tree.map(jnp.add, sums, part_metrics)
+    jax.tree.map(same, sums, metrics)
+
+
+@terms
+def test_term_survives_a_batch_without_tokens(member):
+    scores, batch = oracles.loss_world()
+    zero = jnp.zeros_like(batch.weights)
+    rollout = dataclasses.replace(batch.rollout, mask=jnp.zeros_like(batch.rollout.mask))
+    batch = dataclasses.replace(batch, rollout=rollout, weights=zero, share=zero)
+    for leaf in jax.tree.leaves(graded(member.build(), scores, batch)):
+        assert np.all(np.asarray(leaf) == 0)
+
+
+# --- weightings ------------------------------------------------------------------------------
+
+
+@weightings
+def test_weighting_does_not_see_padding_and_survives_emptiness(member):
+    _, rollout = oracles.world()
+    weights = member.build()(rollout.mask)
+    assert np.all(np.asarray(weights)[~np.asarray(rollout.mask)] == 0)
+    np.testing.assert_array_equal(member.build()(pad(rollout.mask, False)), pad(weights, 0.0))
+    assert np.all(np.asarray(member.build()(jnp.zeros_like(rollout.mask))) == 0)
+    same(jax.jit(member.build())(rollout.mask), weights)
+
+
+@varied(WEIGHTINGS)
+def test_weighting_vmaps_over_hyperparameters(member, name, other, x64):
+    _, rollout = oracles.world()
+    first = float(member.build().lifted.hyperparameters[name])
+    value_of = lambda x: member.build(**{name: x})(rollout.mask)  # noqa: E731
+    both = jax.vmap(value_of)(jnp.asarray([first, other]))
+    same(both, jnp.stack([value_of(first), value_of(other)]))
