@@ -1,11 +1,11 @@
 """Generated grade-school word problems in GSM8K's answer format, for runs without a network.
 
     >>> problems("train", 1)[0]["question"]
-    'Kim has 7 bags of 9 apples, sells 13 and finds 28. How many are there now?'
+    'Kim has 8 bags of 2 apples, sells 11 and finds 3. How many are there now?'
 
 A problem is a *template* (a story and one to three arithmetic steps) filled with numbers, names
 and a thing to count. Every number in a question, a step or an answer is a whole number from 1 to
-99. The reference solution writes one step after the other and ends with `#### answer`.
+60, so that a tiny model can learn the arithmetic by heart. The reference solution writes one step after the other and ends with `#### answer`.
 
 Train, validation and held-out problems never overlap, by construction: the split of a problem is
 a hash of its template and numbers (`Problem.key`), names and things left out, so the same sum
@@ -201,9 +201,9 @@ def draw(rng: random.Random) -> Problem:
     things = rng.choice(THINGS)
     while True:
         letters = [letter for letter in "abcd" if f"{{{letter}}}" in template.story]
-        numbers = tuple(rng.randint(2, 9 if letter in factors else 30) for letter in letters)
+        numbers = tuple(rng.randint(2, 9 if letter in factors else 15) for letter in letters)
         problem = Problem(template, numbers, who, other, things)
-        if all(0 < result < 100 for result in problem.results):
+        if all(0 < result <= 60 for result in problem.results):
             return problem
 
 

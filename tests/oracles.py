@@ -48,8 +48,8 @@ def loss_world(seed: int = 0, *, dtype=None) -> tuple[Scores, Batch]:
     live = rollout.mask.astype(dtype)
     weights = jnp.asarray(rng.random(shape), dtype) * live
     share = live / jnp.sum(live)
-    values = rollout.values + real(0.3)
-    scores = Scores(rollout.old_logprobs + real(0.3), jnp.abs(real(1.0)), values)
+    values = rollout.need("values") + real(0.3)
+    scores = Scores(rollout.need("old_logprobs") + real(0.3), jnp.abs(real(1.0)), values)
     return scores, Batch(rollout, advantages, weights, share, real(1.0))
 
 
@@ -247,7 +247,7 @@ def entropy_bonus(scores, batch):
     return _per_token(scores, batch, lambda i, t: -float(scores.entropy[i, t]))
 
 
-def value_loss(scores, batch, clip=0.2):
+def value_loss(scores, batch, clip: float | None = 0.2):
     def formula(i, t):
         v, g = float(scores.values[i, t]), float(batch.targets[i, t])
         if clip is None:

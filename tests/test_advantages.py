@@ -111,7 +111,7 @@ def test_kl_penalty_reads_the_samplers_logprobs_without_old_ones(x64):
     np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
 
 
-# --- golden values of reference/algorithms.md, Appendix A (printed to six digits) ---------------
+# --- golden values of reference/algorithms.md, Appendix A (printed to six digits) -----------------
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_golden_overlong(length, expected, x64):
     assert np.count_nonzero(out) == (expected != 0)
 
 
-# --- what the formulas imply -------------------------------------------------------------------
+# --- what the formulas imply ----------------------------------------------------------------------
 
 
 def live_scores(seed=3):
@@ -304,7 +304,7 @@ def test_constant_groups_are_exactly_zero_beside_others(transform):
         assert np.all(out[group == 1] != 0)
 
 
-# --- groups of one -----------------------------------------------------------------------------
+# --- groups of one --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["group_norm", "group_center", "rloo"])
@@ -347,7 +347,7 @@ def test_too_few_samples_are_refused_by_name():
     assert (signals.returns() | signals.whiten()).min_group == 1
 
 
-# --- composition and refusals ------------------------------------------------------------------
+# --- composition and refusals ---------------------------------------------------------------------
 
 
 def test_chain_applies_left_to_right_and_sum_adds(x64):

@@ -98,9 +98,10 @@ def per_token(tree, change):
     return jax.tree.map(lambda x: change(x) if floating(x) else x, tree)
 
 
-def poison(tree, mask, value):
-    """NaN or infinity on every unmasked position of every float array."""
-    return per_token(tree, lambda x: jnp.where(mask, x, value))
+def poison(tree, mask):
+    """NaN, infinity or minus infinity on every unmasked position of every float array."""
+    poisons = jnp.resize(jnp.array([jnp.nan, jnp.inf, -jnp.inf]), mask.shape)
+    return per_token(tree, lambda x: jnp.where(mask, x, poisons.astype(x.dtype)))
 
 
 def pad(x, fill):
@@ -117,11 +118,11 @@ def padded(rollout: Rollout) -> Rollout:
         positions=pad(rollout.positions, -1),
         group=pad(rollout.group, 1),
         truncated=pad(rollout.truncated, False),
-        rewards=jnp.pad(rollout.rewards, [(0, 3), (0, 0)]),
+        rewards=jnp.pad(rollout.need("rewards"), [(0, 3), (0, 0)]),
     )
 
 
-# --- transforms ------------------------------------------------------------------------------
+# --- transforms -----------------------------------------------------------------------------------
 
 
 @transforms
@@ -142,14 +143,6 @@ def test_transform_keeps_dtype_in_x64(member, dtype, x64):
 
 @transforms
 def test_transform_jit_equals_eager(member):
-    signal, rollout = oracles.world()
-    transform = member.build()
-    compiled = jax.jit(lambda s, r: run(transform, s, r))(signal, rollout)
-    same(compiled, run(transform, signal, rollout))
-
-
-@transforms
-def test_transform_is_a_pytree_argument(member):
     # Hyperparameters are leaves, options are structure: plain `jax.jit` takes the transform.
     signal, rollout = oracles.world()
     transform = member.build()
@@ -175,8 +168,7 @@ def test_transform_vmaps_over_hyperparameters(member, name, other, x64):
 
 
 @transforms
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_transform_ignores_unmasked(member, value):
+def test_transform_ignores_unmasked(member):
     signal, rollout = oracles.world()
     transform, mask = member.build(), rollout.mask
     probe = jnp.cos(jnp.arange(signal.size, dtype=signal.dtype).reshape(signal.shape))
@@ -187,7 +179,7 @@ def test_transform_ignores_unmasked(member, value):
 
     gradient = jax.jit(jax.grad(scalar, has_aux=True))
     clean, out = gradient(signal, rollout)
-    dirty, dirty_out = gradient(poison(signal, mask, value), poison(rollout, mask, value))
+    dirty, dirty_out = gradient(poison(signal, mask), poison(rollout, mask))
     np.testing.assert_array_equal(dirty_out, out)
     np.testing.assert_array_equal(dirty, clean)
     assert np.all(np.isfinite(clean)) and np.all(np.asarray(clean)[~np.asarray(mask)] == 0)
@@ -232,8 +224,7 @@ def test_transform_survives_a_batch_without_tokens(member):
 
 
 @pytest.mark.parametrize("member", [m for m in TRANSFORMS if m.constant_is_zero], ids=repr)
-@pytest.mark.parametrize("score", [7.41, 0.1, -3.3, 1e-3, 2e6])
-def test_equal_scores_give_exactly_zero(member, score):
+def test_equal_scores_give_exactly_zero(member):
     _, rollout = oracles.world(dtype=jnp.float32)
     mask = jnp.zeros((15, 8), bool).at[:, 3:5].set(True)
     fifteen = Rollout(
@@ -244,10 +235,11 @@ def test_equal_scores_give_exactly_zero(member, score):
         group=jnp.zeros(15, jnp.int32),
         truncated=jnp.zeros(15, bool),
     )
-    signal = jnp.zeros((15, 8), jnp.float32).at[:, 4].set(score)
-    for function in (run, jax.jit(run)):
-        out = function(member.build(), signal, fifteen)
-        np.testing.assert_array_equal(out, np.zeros((15, 8), np.float32))
+    compiled, nothing = jax.jit(run), np.zeros((15, 8), np.float32)
+    for score in (7.41, 0.1, -3.3, 1e-3, 2e6):
+        signal = jnp.zeros((15, 8), jnp.float32).at[:, 4].set(score)
+        for function in (run, compiled):
+            np.testing.assert_array_equal(function(member.build(), signal, fifteen), nothing)
 
 
 @transforms
@@ -280,10 +272,11 @@ def test_every_member_has_a_row_and_a_source():
     }
     assert public == {m.builder for m in TRANSFORMS + TERMS + WEIGHTINGS}
     for builder in public:
-        assert "Source:" in builder.__doc__ or "Returns:" in builder.__doc__, builder
+        words = builder.__doc__ or ""
+        assert "Source:" in words or "Returns:" in words, builder
 
 
-# --- terms -----------------------------------------------------------------------------------
+# --- terms ----------------------------------------------------------------------------------------
 
 
 def loss_of(term, scores: Scores, batch: Batch):
@@ -331,14 +324,13 @@ def test_term_vmaps_over_hyperparameters(member, name, other, x64):
 
 
 @terms
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_term_ignores_unmasked(member, value):
+def test_term_ignores_unmasked(member):
     scores, batch = oracles.loss_world()
     mask = batch.rollout.mask
     clean, (out, metrics) = graded(member.build(), scores, batch)
     weights, share = batch.weights, batch.share
-    batch = dataclasses.replace(poison(batch, mask, value), weights=weights, share=share)
-    dirty, (dirty_out, dirty_metrics) = graded(member.build(), poison(scores, mask, value), batch)
+    batch = dataclasses.replace(poison(batch, mask), weights=weights, share=share)
+    dirty, (dirty_out, dirty_metrics) = graded(member.build(), poison(scores, mask), batch)
     np.testing.assert_array_equal(dirty_out, out)
     jax.tree.map(np.testing.assert_array_equal, dirty, clean)
     jax.tree.map(np.testing.assert_array_equal, dirty_metrics, metrics)
@@ -399,7 +391,7 @@ def test_term_survives_a_batch_without_tokens(member):
         assert np.all(np.asarray(leaf) == 0)
 
 
-# --- weightings ------------------------------------------------------------------------------
+# --- weightings -----------------------------------------------------------------------------------
 
 
 @weightings

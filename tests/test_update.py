@@ -37,7 +37,7 @@ def _setup(algorithm, optimizer, dtype=jnp.float32, *, old=True):
             lambda c: c.weight, critic, jnp.linspace(-1, 1, 16, dtype=critic.weight.dtype)
         )
     state = eqrl.init(policy, algorithm, optimizer, critic=critic)
-    rollout = sampled_rollout(0, groups=4, samples=3)
+    rollout = sampled_rollout(0, groups=2, samples=3)
     if old:
         shift = 0.3 * jax.random.normal(jax.random.key(1), rollout.mask.shape, dtype)
         rollout = eqrl.annotate(rollout, frozenset({"old_logprobs"}), policy=policy)
@@ -62,7 +62,7 @@ def _movement(before, after):
 def test_the_gradient_does_not_depend_on_the_micro_batch(x64, name):
     algorithm, optimizer = ALGORITHMS[name], optax.sgd(1.0)
     gradients, metrics = [], []
-    for micro_batch in (None, 1, 2, 4, 5):
+    for micro_batch in (None, 1, 2, 4):
         state, batch = _setup(algorithm, optimizer, jnp.float64)
         before = jax.tree.map(jnp.copy, (state.policy, state.critic))
         state, numbers = eqrl.update(state, batch, algorithm, optimizer, micro_batch=micro_batch)

@@ -58,13 +58,13 @@ def _clipped(
         "policy/clip_low_frac": batch.mean(too_low.astype(ratio.dtype)),
         "policy/clip_high_frac": batch.mean(too_high.astype(ratio.dtype)),
     }
-    # Clipped tokens leave before the exponential: an overflow there would be 0 * inf backwards.
-    free = jnp.exp(jnp.where(too_low | too_high, jnp.zeros_like(delta), delta))
-    bounded = jnp.where(too_low, 1 - low, jnp.where(too_high, 1 + high, free))
+    held = too_low | too_high
+    bound = jnp.where(too_low, 1 - low, 1 + high)
     if dual is not None:
         capped = (ratio > dual) & (advantage < 0)
-        free = jnp.exp(jnp.where(too_high | capped, jnp.zeros_like(delta), delta))
-        bounded = jnp.where(capped, dual, jnp.where(too_low | too_high, bounded, free))
         metrics["policy/dual_clip_frac"] = batch.mean(capped.astype(ratio.dtype))
-    value = -advantage * bounded
+        held, bound = held | capped, jnp.where(capped, dual, bound)
+    # Held tokens leave before the exponential: an overflow there would be 0 * inf backwards.
+    free = jnp.exp(jnp.where(held, jnp.zeros_like(delta), delta))
+    value = -advantage * jnp.where(held, bound, free)
     return value, metrics | {"loss/policy": weighted(value, batch)}

@@ -43,14 +43,13 @@ def _value_loss(
             "such as `gae() | add_values()`"
         )
     mask = batch.rollout.mask
-    target = zero_unmasked(batch.targets, mask)
-    error = zero_unmasked(scores.values, mask) - target
-    worst, moved = error**2, jnp.zeros_like(error)
+    predicted, target = zero_unmasked(scores.values, mask), zero_unmasked(batch.targets, mask)
+    worst = (predicted - target) ** 2
+    moved = jnp.zeros_like(worst)
     if clip is not None:
         old = zero_unmasked(batch.rollout.need("values"), mask)
-        bounded = (jnp.clip(error + target, old - clip, old + clip) - target) ** 2
-        moved = (bounded > worst).astype(error.dtype)
-        # Not `maximum`: inside the clip both errors are equal, and a tie would halve gradients.
-        worst = jnp.where(bounded > worst, bounded, worst)
+        bounded = (jnp.clip(predicted, old - clip, old + clip) - target) ** 2
+        moved = (bounded > worst).astype(worst.dtype)
+        worst = jnp.maximum(worst, bounded)
     value = 0.5 * worst
     return value, {"loss/value": weighted(value, batch), "value/clip_frac": batch.mean(moved)}

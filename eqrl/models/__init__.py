@@ -1,7 +1,11 @@
 """Decoder models: Qwen2/2.5, Qwen3 and Llama/SmolLM2 in one `Transformer`."""
 
 from ._architecture import Architecture as Architecture
-from ._attention import attention as attention, causal as causal
+from ._attention import (
+    attention as attention,
+    attention_head_major as attention_head_major,
+    causal as causal,
+)
 from ._layer import Layer as Layer
 from ._linear import Linear as Linear
 from ._load import Loaded as Loaded, load as load

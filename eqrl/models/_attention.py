@@ -40,11 +40,29 @@ def attention(
 
     Source: Ainslie et al. 2023 (arXiv:2305.13245).
     """
+    return attention_head_major(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), visible)
+
+
+def attention_head_major(
+    q: Float[Array, "batch query heads head_dim"],
+    k: Float[Array, "batch kv key head_dim"],
+    v: Float[Array, "batch kv key head_dim"],
+    visible: Bool[Array, "batch query key"],
+) -> Float[Array, "batch query heads head_dim"]:
+    """`attention` over keys and values that lie head by head, as a cache should.
+
+    With a single query the transposition of a cache that lies key by key costs several times the
+    attention itself on CPU.
+    """
     batch, time, heads, width = q.shape
-    grouped = q.reshape(batch, time, k.shape[2], heads // k.shape[2], width)
-    scores = contract("bqgrd,bkgd->bgrqk", grouped, k) * width**-0.5
+    kv = k.shape[1]
+    # Queries that read the same keys become the rows of one matrix: a plain batched product.
+    grouped = jnp.moveaxis(q.reshape(batch, time, kv, heads // kv, width), 1, 3)
+    scores = contract("bgmd,bgkd->bgmk", grouped.reshape(batch, kv, -1, width), k) * width**-0.5
+    scores = scores.reshape(*grouped.shape[:4], k.shape[2])
     hidden = jnp.finfo(scores.dtype).min
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, hidden), axis=-1)
-    attended = contract("bgrqk,bkgd->bqgrd", weights.astype(v.dtype), v).astype(q.dtype)
+    weights = weights.astype(v.dtype).reshape(batch, kv, -1, k.shape[2])
+    attended = contract("bgmk,bgkd->bgmd", weights, v).astype(q.dtype).reshape(grouped.shape)
     sees = jnp.any(visible, axis=-1)[:, :, None, None]
-    return jnp.where(sees, attended.reshape(q.shape), jnp.zeros((), q.dtype))
+    return jnp.where(sees, jnp.moveaxis(attended, 3, 1).reshape(q.shape), jnp.zeros((), q.dtype))

@@ -13,7 +13,6 @@ def accumulator(dtype: DTypeLike) -> DTypeLike:
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(
     spec: str, left: Float[Array, "*left"], right: Float[Array, "*right"]
 ) -> Float[Array, "*out"]:
@@ -33,11 +32,16 @@ def contract(
     Returns:
         The product, in float32 (float64 for float64 operands).
     """
+    return _product(spec, left, right)  # pyright: ignore[reportReturnType]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(spec, left, right):
     return jnp.einsum(spec, left, right, preferred_element_type=accumulator(left.dtype))
 
 
 def _forward(spec, left, right):
-    return contract(spec, left, right), (left, right)
+    return _product(spec, left, right), (left, right)
 
 
 def _backward(spec, saved, cotangent):
@@ -50,4 +54,4 @@ def _backward(spec, saved, cotangent):
     return grad_left.astype(left.dtype), grad_right.astype(right.dtype)
 
 
-contract.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)

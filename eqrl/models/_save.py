@@ -103,6 +103,7 @@ def _write_tensors(model, folder, dtype):
         tensors = {name: _tensor(leaves[entry], entry, i, dtype) for name, entry, i in shard}
         # transformers refuses files that do not say which framework's layout they have.
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes it readable to its owner only
         weight_map |= {name: file for name in tensors}
     if len(shards) > 1:
         total = sum(leaf.size * width for leaf in leaves.values())

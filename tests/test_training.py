@@ -1,0 +1,163 @@
+"""The whole loop, tiny: every algorithm runs, faults cost little, and nothing is lost."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from config import parse
+from task import Task
+from training import train
+from word_problems import problems
+
+from eqrl import rewards, tracking
+from eqrl.models import load
+
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = [
+    *("--rollout.prompts", "2", "--rollout.samples", "4", "--rollout.max-tokens", "8"),
+    *("--eval.full", "2", "--eval.every", "0"),
+]  # fmt: skip
+# A longer vocabulary of rewards than correctness: random short texts must differ within a group.
+ALGORITHMS = [
+    "reinforce", "ppo", "grpo", "rloo", "dapo", "reinforce++", "reinforce++-baseline", "dr_grpo",
+]  # fmt: skip
+
+
+def _length(completion, example):
+    return float(len(completion) % 7)
+
+
+def _task(*functions):
+    judge = rewards.correct()
+    functions = functions or (judge, _length)
+    return Task(
+        name="tiny",
+        train=problems("train", 8),
+        held_out=problems("held_out", 4),
+        rewards=functions,
+        weights=(1.0,) * len(functions),
+        strict=judge,
+        lenient=judge,
+    )
+
+
+
+def _metrics(folder):
+    return tracking.read_jsonl(pathlib.Path(folder) / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_moves_the_policy_and_leaves_a_whole_folder(name, tmp_path, capsys):
+    config = parse([*TINY, "--run-dir", str(tmp_path / "run"), "--algo.name", name, "--steps", "2"])
+    assert train(config, _task()) == 0
+    folder = tmp_path / "run"
+    status = json.loads((folder / "exit_status.json").read_text())
+    assert (status["status"], status["step"]) == ("success", 2)
+    before, after = load("examples/demo_model").model, load(str(folder / "model")).model
+    assert not np.array_equal(np.asarray(before.layers.up.weight), after.layers.up.weight)
+    steps = [line for line in _metrics(folder) if "loss/total" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    for line in steps:
+        assert line["mismatch/logp_abs_max"] < 1e-4
+        assert line["optim/grad_norm"] > 0 and line["optim/skipped_nonfinite"] == 0
+        assert 0 < line["policy/entropy"] < 10
+    assert ("value/explained_variance" in steps[0]) == (name == "ppo")
+    assert ("select/rounds" in steps[0]) == (name == "dapo")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["algo"]["name"] == name
+    assert (folder / "curve.png").stat().st_size > 5_000
+    assert "held-out accuracy" in capsys.readouterr().out
+
+
+def test_a_reward_that_raises_or_hangs_costs_samples_and_never_the_run(tmp_path):
+    calls = []
+
+    def flaky(completion, example):
+        calls.append(completion)
+        if len(calls) % 5 == 1:
+            raise RuntimeError("no verdict")
+        if len(calls) == 3:
+            time.sleep(60)
+        return float(len(completion) % 3)
+
+    words = ["--steps", "1", "--reward.timeout", "0.2", "--run-dir", str(tmp_path / "run")]
+    assert train(parse([*TINY, *words]), _task(flaky)) == 0
+    (line,) = [line for line in _metrics(tmp_path / "run") if "loss/total" in line]
+    failed = line["reward_fn/errors"] + line["reward_fn/timeouts"]
+    assert failed >= 1
+    assert line["completion/rows"] == 8 - failed
+
+
+def test_bad_input_is_one_sentence_on_stderr(tmp_path, capsys):
+    words = ["--model", str(tmp_path / "nowhere"), "--run-dir", str(tmp_path / "run")]
+    assert train(parse([*TINY, *words]), _task()) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert "nowhere" in line
+    status = json.loads((tmp_path / "run" / "exit_status.json").read_text())
+    assert status["status"] == "exception"
+
+
+def _command(folder, *words):
+    return [sys.executable, "examples/gsm8k.py", *TINY, "--run-dir", str(folder), *words]
+
+
+def _start(folder, *words):
+    return subprocess.Popen(
+        _command(folder, *words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+def _until(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"the run ended before it printed {text!r}")
+
+
+# PPO: critic, old log-probs, minibatch order and a schedule, all of which must come back.
+RESUMED = ("--algo.name", "ppo", "--steps", "4", "--optim.schedule", "warmup_cosine")
+
+
+def test_kill_and_resume_equal_an_uninterrupted_run_bit_for_bit(tmp_path):
+    whole = subprocess.run(
+        _command(tmp_path / "whole", *RESUMED), cwd=ROOT, capture_output=True, text=True
+    )
+    assert whole.returncode == 0, whole.stderr
+    words = (*RESUMED, "--checkpoint.every", "2")
+    first = _start(tmp_path / "cut", *words)
+    _until(first, "step 3/4")
+    first.send_signal(signal.SIGKILL)
+    first.wait(timeout=60)
+    assert json.loads((tmp_path / "cut/exit_status.json").read_text())["status"] == "running"
+    second = subprocess.run(
+        _command(tmp_path / "cut", *words), cwd=ROOT, capture_output=True, text=True
+    )
+    assert second.returncode == 0, second.stderr
+    assert "resumed" in second.stdout and "step 3/4" in second.stdout
+    assert "step 2/4" not in second.stdout
+    for file in ("model/model.safetensors", "samples.md"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+    deterministic = ("loss/", "adv/", "reward/", "policy/", "optim/", "eval_full/acc", "data/")
+    for a, b in zip(_metrics(tmp_path / "whole"), _metrics(tmp_path / "cut"), strict=True):
+        keep = {k for k in a if k.startswith(deterministic)}
+        assert {k: a[k] for k in keep} == {k: b[k] for k in keep}
+
+
+def test_sigterm_finishes_the_step_saves_and_says_so(tmp_path):
+    process = _start(tmp_path / "run", "--steps", "10000")
+    _until(process, "step     2/10000")
+    process.send_signal(signal.SIGTERM)
+    output = process.stdout.read()
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM, output
+    status = json.loads((tmp_path / "run/exit_status.json").read_text())
+    assert (status["status"], status["signal"]) == ("signal", "SIGTERM")
+    saved = {int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdecimal()}
+    assert max(saved) == status["step"] == _metrics(tmp_path / "run")[-1]["step"]
