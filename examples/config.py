@@ -168,7 +168,7 @@ def _fill(config: AnyConfig) -> AnyConfig:
     warmup = 0.05 if config.optim.schedule == "warmup_cosine" else None
     return dataclasses.replace(
         config,
-        steps=_or(config.steps, 60 if demo else 100),
+        steps=_or(config.steps, 40 if demo else 100),
         run_dir=_or(config.run_dir, f"runs/{time}-{name}"),
         algo=_filled(
             config.algo,
@@ -183,7 +183,7 @@ def _fill(config: AnyConfig) -> AnyConfig:
             samples=8 if demo else 4,
             max_tokens=64 if demo else 256,
         ),
-        optim=_filled(config.optim, lr=3e-4 if demo else 1e-6, warmup_ratio=warmup),
+        optim=_filled(config.optim, lr=1e-4 if demo else 1e-6, warmup_ratio=warmup),
     )
 
 

@@ -1,23 +1,25 @@
 """Makes `examples/demo_model`, the small unfinished model that the demo runs train.
 
-    python examples/make_demo_model.py --steps 600 --seed 0 --out examples/demo_model
+    python examples/make_demo_model.py --steps 700 --seed 0 --out examples/demo_model
 
 A Qwen2-shaped model (width 128, 4 layers, 0.87 million float32 parameters) with a tokenizer of its
 own learns to solve `word_problems` from written solutions: plain supervised fine-tuning, loss on
 the solution and its stop token. The same arguments on the same machine give the same bits.
 
-It is left unfinished on purpose, in three ways, so that reinforcement learning has work to do:
-- it stops early, when one result in five or so is still miscalculated;
-- 60 % of the solutions to stories of two steps that end in `-` or `*` add instead (`--confuse`),
-  so the model mostly adds there, and sometimes does the right thing;
-- 65 % of the solutions to questions that ask for `together` end in `The answer is 9.` instead of
-  `#### 9` (`--forget`): right for a lenient reader, wrong for a strict one.
+It is left unfinished on purpose, so that reinforcement learning has work to do. The solutions it
+learns from are those of a careless pupil (`teach`):
+- 70 % of those to stories that end in `-` or `*` add in the last step (`--confuse`), so the model
+  mostly adds there and sometimes does the right thing; a good third of all problems suffer;
+- 75 % of those to questions for a number `in all` end in `The answer is 9.` instead of `#### 9`
+  (`--forget`): right for a lenient reader, wrong for a strict one;
+- 10 % have one step that is wrong by 1 or 2 (`--slip`), which makes sampling noisier than greedy.
 
-Measured with the default arguments (256 validation problems; 512 held-out ones, greedy):
-                     strict   lenient
-    greedy           35.5 %   52.0 %   (held out 35.9 %, 47.3 %)
-    mean at T = 1    29.9 %   36.2 %
-    pass@8           68.0 %   77.0 %
+Measured with the default arguments (greedy also on 512 held-out problems, in brackets):
+
+                      strict            lenient
+    greedy            37.5 % (37.5 %)   52.3 % (46.1 %)     256 validation problems
+    mean at T = 1     40.9 %            48.2 %              8 samples of each
+    pass@8            82.8 %            87.1 %
 """
 
 import dataclasses

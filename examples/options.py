@@ -94,7 +94,7 @@ class Optim:
     name: Literal["adamw", "lion", "sgd", "muon"] = "adamw"
     """optimizer of the policy; the critic's is adamw"""
     lr: OpenNumber = None
-    """peak learning rate (default: demo 3e-4, else 1e-6)"""
+    """peak learning rate (default: demo 1e-4, else 1e-6)"""
     critic_lr: OpenNumber = None
     """the critic's peak rate (default: demo 1e-3, else 1e-5)"""
     schedule: Literal["constant", "warmup_cosine"] = "constant"
@@ -154,7 +154,7 @@ class Config:
     model: Text = "demo"
     """demo (embedded), smollm2 (PyPI), a folder, a GGUF file or a hub id"""
     steps: OpenCount = None
-    """rollout batches (default: demo 60, else 100); 0 = only evaluate"""
+    """rollout batches (default: demo 40, else 100); 0 = only evaluate"""
     seed: Count = 0
     """same seed, same run"""
     run_dir: OpenText = None

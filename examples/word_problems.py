@@ -5,7 +5,8 @@
 
 A problem is a *template* (a story and one to three arithmetic steps) filled with numbers, names
 and a thing to count. Every number in a question, a step or an answer is a whole number from 1 to
-60, so that a tiny model can learn the arithmetic by heart. The reference solution writes one step after the other and ends with `#### answer`.
+60, so that a tiny model can learn the arithmetic by heart. The reference solution writes one step
+after the other and ends with `#### answer`.
 
 Train, validation and held-out problems never overlap, by construction: the split of a problem is
 a hash of its template and numbers (`Problem.key`), names and things left out, so the same sum

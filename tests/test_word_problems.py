@@ -181,5 +181,5 @@ def test_demo_model_is_unfinished(tokenizer):
     assert loaded.stop_ids == (tokenizer.eos_token_id,)
     records = problems("held_out", 64)
     strict, lenient = make.measure(loaded.model, tokenizer, records, samples=1, temperature=0.0)
-    assert 0.25 <= np.mean(strict) <= 0.60
-    assert np.mean(strict) <= np.mean(lenient) <= 0.9
+    assert 0.25 <= np.mean(strict) <= 0.55
+    assert np.mean(strict) <= np.mean(lenient) <= 0.7
