@@ -9,12 +9,12 @@ the solution and its stop token. The same arguments on the same machine give the
 It is left unfinished on purpose, so that reinforcement learning has work to do. The solutions it
 learns from are those of a careless pupil (`teach`):
 - 70 % of those to stories that end in `-` or `*` add in the last step (`--confuse`), so the model
-  mostly adds there and sometimes does the right thing; a good third of all problems suffer;
+  mostly adds there and sometimes does the right thing; nearly half of all problems are such;
 - 75 % of those to questions for a number `in all` end in `The answer is 9.` instead of `#### 9`
   (`--forget`): right for a lenient reader, wrong for a strict one;
 - 10 % have one step that is wrong by 1 or 2 (`--slip`), which makes sampling noisier than greedy.
 
-Measured with the default arguments (greedy also on 512 held-out problems, in brackets):
+Measured with the default arguments (greedy also on 256 held-out problems, in brackets):
 
                       strict            lenient
     greedy            37.5 % (37.5 %)   52.3 % (46.1 %)     256 validation problems

@@ -13,7 +13,8 @@ class Task:
 
     Attributes:
         name: stands above tables and curves.
-        train: records to train on, each with `question` and `answer` and whatever rewards read.
+        train: records to train on, each with `question` and `answer` and whatever rewards read;
+            a field `key` says when two problems are the same (the question does otherwise).
         held_out: records to evaluate on; none of them in `train`.
         rewards: what a completion earns; by convention the first says whether it is right.
         weights: of the rewards in the training signal; metrics are never weighted.

@@ -11,6 +11,7 @@ import pathlib
 import resource
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,8 +88,8 @@ def _cache_compilations() -> None:
 
 def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | None) -> Run:
     data.assert_disjoint(
-        (record["question"] for record in task.train),
-        (record["question"] for record in task.held_out),
+        (record.get("key", record["question"]) for record in task.train),
+        (record.get("key", record["question"]) for record in task.held_out),
     )
     loaded = models.load(
         str(DEMO) if config.model == "demo" else config.model, dtype=jnp.dtype(config.dtype)
@@ -174,8 +175,10 @@ def _train(
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 arrays, _ = eqx.partition(state, eqx.is_array)
                 extra = {"stream": [*stream.state()], "counters": counters}
+                start = time.perf_counter()
                 if not checkpoints.save(step, arrays, extra) and last:
                     print("the last checkpoint could not be saved; the model folder still is")
+                tracker.log(step, {"time/ckpt_s": time.perf_counter() - start})
             if stop.requested is not None:
                 status.signal = stop.requested
                 break
