@@ -359,7 +359,7 @@ def _notices(run: Run, step: int, metrics: Mapping[str, float]) -> None:
         )
     if metrics.get("group/zero_std_frac") == 1.0:
         notice(
-            f"constant-{step}",
+            "constant",
             f"step {step}: every group is constant (all completions of a prompt earned the same), "
             "so group-relative advantages are zero",
         )

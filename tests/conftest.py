@@ -32,9 +32,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Every annotation in eqrl is checked at run time while tests run; the library itself never pays.
 # An int is a legal float, as everywhere in Python's own typing.
-install_import_hook(
-    "eqrl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+install_import_hook("eqrl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -16,12 +16,12 @@ HEAVY = ("torch", "transformers", "datasets", "wandb", "tyro", "orbax", "matplot
 # Who may import whom, lowest first: a part may import parts of earlier rows (and itself).
 LAYERS = (
     {"_types", "_checks"},
-    {"_masked"},
+    {"_masked", "_lifted"},
     {"_transform", "_kl"},
     {"_advantages", "_losses", "_select"},
     {"algorithms", "_parse"},
     {"_refill", "_metrics", "_score"},
-    {"_update", "_annotate"},
+    {"_update"},
 )
 # Parts beside the estimators: the carriers, and these.
 CARRIERS = {"_types", "_checks", "_masked", "_prompts"}
@@ -40,7 +40,7 @@ ISLANDS = {
     "sharding": {"models"},
 }
 # The training step is where both meet.
-_MEETING = {"_score", "_update", "_annotate", "_refill", "_metrics"}
+_MEETING = {"_score", "_update", "_refill", "_metrics"}
 
 
 def _part(path: pathlib.Path) -> str:
