@@ -155,7 +155,7 @@ def resolve(config: AnyConfig) -> AnyConfig:
     _check_algorithm(config, algorithm, critic)
     _check_rest(config)
     if critic and config.optim.critic_lr is None:
-        rate = 1e-3 if config.model == "demo" else 1e-5
+        rate = 5e-4 if config.model == "demo" else 1e-5
         optim = dataclasses.replace(config.optim, critic_lr=rate)
         config = dataclasses.replace(config, optim=optim)
     return config

@@ -96,7 +96,7 @@ class Optim:
     lr: OpenNumber = None
     """peak learning rate (default: demo 1e-4, else 1e-6)"""
     critic_lr: OpenNumber = None
-    """the critic's peak rate (default: demo 1e-3, else 1e-5)"""
+    """the critic's peak rate (default: demo 5e-4, else 1e-5)"""
     schedule: Literal["constant", "warmup_cosine"] = "constant"
     """counted in updates"""
     warmup_ratio: OpenNumber = None
