@@ -63,7 +63,8 @@ def spread(values: list[float]) -> str:
 def table(work: pathlib.Path, seeds: list[int]) -> list[str]:
     lines = [
         "| algorithm | before (strict) | after (strict) | gain, points | per seed "
-        "| after (lenient) | explained variance: last ten steps, best step of the worst seed | s a step |",
+        "| after (lenient) | explained variance: last ten steps, best step of the worst seed "
+        "| s a step |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in NAMES:
@@ -120,7 +121,7 @@ def points(folder: pathlib.Path, metric: str) -> list[tuple[int, float]]:
             for i, (step, _) in enumerate(found)
         ]
     names = ("eval_full/acc_strict", "eval/acc_strict")
-    return [(r["step"], r[name]) for r in records for name in names if name in r]
+    return sorted({r["step"]: r[name] for r in records for name in names if name in r}.items())
 
 
 def main() -> None:

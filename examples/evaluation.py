@@ -71,7 +71,8 @@ class Evaluator:
         found = self._evaluate(policy, self._config.eval.full, "eval_full")
         found["eval_full/accuracy"] = found["eval_full/acc_strict"]
         self._sweeps.append(found)
-        return found
+        same = {name.replace("_full", "", 1): x for name, x in found.items()}
+        return {name: x for name, x in same.items() if name.startswith("eval/")} | found
 
     def print_summary(self) -> None:
         """Accuracy before and after, if both were measured."""

@@ -83,7 +83,7 @@ class Rollout:
 @dataclasses.dataclass(frozen=True)
 class Reward:
     weights: tuple[float, ...] = ()
-    """one a reward function (default: the task's own; gsm8k: 1 0.5 0)"""
+    """one a reward function (default: those of the task; here 1 0.5 0)"""
     timeout: Number = 5.0
     """seconds one call may take; a late one costs that sample"""
 

@@ -372,7 +372,12 @@ def _leave(run: Run, policy: models.Transformer, evaluate: evaluation.Evaluator)
     run.folder.mkdir(parents=True, exist_ok=True)
     models.save(policy, run.folder / "model", tokenizer=run.tokenizer, stop_ids=run.loaded.stop_ids)
     title = f"{run.task.name}, {run.config.algo.name}, seed {run.config.seed}"
-    tracking.draw_curve(run.folder / "metrics.jsonl", run.folder / "curve.png", title=title)
+    tracking.draw_curve(
+        run.folder / "metrics.jsonl",
+        run.folder / "curve.png",
+        title=title,
+        evaluations=("eval/acc_strict", "eval/acc_lenient"),
+    )
     if evaluate.samples:
         tracking.write_samples(run.folder / "samples.md", evaluate.samples, title=title)
         tracking.print_samples(evaluate.samples)

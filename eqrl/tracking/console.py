@@ -94,11 +94,9 @@ class Console:
 
 
 def _is_headline(name: str) -> bool:
+    # pass@1 is the accuracy again; everything else is in the other trackers.
     last = name.rsplit("/", 1)[-1]
-    accuracy = last.startswith(("acc", "pass@", "pass_at_"))
-    return name.startswith(("eval/", "eval_full/")) and (
-        accuracy or name.endswith("reward_correct/mean")
-    )
+    return name.startswith("eval/") and last.startswith(("acc", "pass@")) and last != "pass@1"
 
 
 def _short(value: SupportsFloat) -> str:
