@@ -10,6 +10,7 @@ already in the work folder are not run again.
 import argparse
 import concurrent.futures
 import datetime
+import json
 import os
 import pathlib
 import platform
@@ -22,7 +23,7 @@ import jax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eqrl.tracking import code_version, read_jsonl
+from eqrl.tracking import read_jsonl
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -131,7 +132,6 @@ def main() -> None:
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs" / "benchmark")
     options = parser.parse_args()
     pairs = [(name, seed) for name in NAMES for seed in options.seeds]
-    start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         jobs = [
             pool.submit(run, options.work / f"{name}-{seed}", name, seed, options.jobs)
@@ -139,9 +139,10 @@ def main() -> None:
         ]
         for job in concurrent.futures.as_completed(jobs):
             job.result()
-    minutes = (time.perf_counter() - start) / 60
     draw(options.work, options.seeds, ROOT / "docs/images/algorithms.png")
-    version = code_version(devices=False)
+    folders = [options.work / f"{name}-{seed}" for name, seed in pairs]
+    commits = {json.loads((f / "version.json").read_text())["git_commit"][:7] for f in folders}
+    flags = "; two runs side by side, one core each" if options.jobs == 2 else ""
     problems = next(
         int(r["eval_full/problems"])
         for r in read_jsonl(options.work / f"{NAMES[0]}-{options.seeds[0]}" / "metrics.jsonl")
@@ -152,8 +153,7 @@ def main() -> None:
         "",
         f"Made by `python bench/algorithms.py --jobs {options.jobs}` on "
         f"{datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}), jax "
-        f"{jax.__version__}, commit {str(version.get('commit'))[:10]}, {minutes:.0f} minutes for "
-        "the runs that were missing. Every run is the plain "
+        f"{jax.__version__}, runs of commits {', '.join(sorted(commits))}{flags}. Every run is "
         "`python examples/gsm8k.py --algo.name NAME --seed SEED` with default arguments.",
         "",
         f"Held-out accuracy is greedy, on {problems} problems that no training problem equals; "

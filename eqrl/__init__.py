@@ -52,7 +52,11 @@ from ._losses import (
 )
 from ._losses.base import AbstractTerm as AbstractTerm, term as term
 from ._masked import outcome as outcome
-from ._metrics import advantage_metrics as advantage_metrics, rollout_metrics as rollout_metrics
+from ._metrics import (
+    advantage_metrics as advantage_metrics,
+    rollout_metrics as rollout_metrics,
+    value_metrics as value_metrics,
+)
 
 # Optimizer pieces that optax leaves open.
 from ._optimizer import (

@@ -15,7 +15,8 @@ def rollout_metrics(
 
     Args:
         rollout: with `rewards`, the raw components.
-        total: the weighted reward of each row, as trained on.
+        total: the weighted reward of each row, as trained on; `group/zero_std_frac` counts the
+            groups in which it is constant.
         names: one name a component. `group/all_zero_frac` and `group/all_one_frac` look at the
             first of them, by convention correctness.
 
@@ -32,7 +33,7 @@ def rollout_metrics(
     for name, column in zip(names, rewards.T, strict=True):
         found[f"reward/{name}/mean"] = float(column.mean())
         found[f"train-reward/func/{name}/mean"] = float(column.mean())
-    found |= _groups(rewards, np.asarray(rollout.group)[live])
+    found |= _groups(total[live], rewards[:, 0], np.asarray(rollout.group)[live])
     real = (np.asarray(rollout.positions) >= 0).sum(axis=1)[live]
     length = mask.sum(axis=1)[live]
     return found | _lengths(length, real, np.asarray(rollout.truncated)[live])
@@ -47,18 +48,23 @@ def _summary(prefix: str, x: Shaped[np.ndarray, " n"]) -> dict[str, float]:
     }
 
 
-def _groups(rewards: np.ndarray, group: np.ndarray) -> dict[str, float]:
-    ids, index = np.unique(group, return_inverse=True)
-    low = np.full((len(ids), rewards.shape[1]), np.inf)
-    high = -low
-    np.minimum.at(low, index, rewards)
-    np.maximum.at(high, index, rewards)
-    constant = (low == high).all(axis=1)
+def _groups(total: np.ndarray, first: np.ndarray, group: np.ndarray) -> dict[str, float]:
+    low, high = _bounds(total, group)
+    worst, best = _bounds(first, group)
     return {
-        "group/zero_std_frac": float(constant.mean()),
-        "group/all_zero_frac": float((high[:, 0] <= 0).mean()),
-        "group/all_one_frac": float((low[:, 0] >= 1).mean()),
+        "group/zero_std_frac": float((low == high).mean()),
+        "group/all_zero_frac": float((best <= 0).mean()),
+        "group/all_one_frac": float((worst >= 1).mean()),
     }
+
+
+def _bounds(x: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least and largest value of each group."""
+    ids, index = np.unique(group, return_inverse=True)
+    low, high = np.full(len(ids), np.inf), np.full(len(ids), -np.inf)
+    np.minimum.at(low, index, x)
+    np.maximum.at(high, index, x)
+    return low, high
 
 
 def _lengths(length: np.ndarray, real: np.ndarray, truncated: np.ndarray) -> dict[str, float]:
@@ -89,3 +95,29 @@ def advantage_metrics(advantages, mask) -> dict[str, float]:
     found = _summary("train-reward/advantage", x)
     found |= {"adv/mean": found["train-reward/advantage/mean"], "adv/std": float(x.std())}
     return found | {"adv/abs_max": float(np.abs(x).max())}
+
+
+def value_metrics(values, targets, mask) -> dict[str, float]:
+    """How well the critic knew the returns before it saw them.
+
+    Args:
+        values: `[batch time]`, predictions at sampling time.
+        targets: `[batch time]`, value targets.
+        mask: `[batch time]`; unmasked positions count nowhere.
+
+    Returns:
+        `value/mean`, `value/target_mean`, and `value/explained_variance` =
+        1 - Var(target - value) / Var(target) over the tokens of the whole batch; 0 where targets
+        do not vary.
+    """
+    chosen = np.asarray(mask)
+    value, target = np.asarray(values)[chosen], np.asarray(targets)[chosen]
+    if not value.size:
+        return {}
+    spread = float(target.var())
+    explained = 1 - float((target - value).var()) / spread if spread > 0 else 0.0
+    return {
+        "value/mean": float(value.mean()),
+        "value/target_mean": float(target.mean()),
+        "value/explained_variance": explained,
+    }

@@ -128,22 +128,54 @@ def actor_critic(
 
 
 def float32_state(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` with its state and arithmetic in float32, whatever the parameters' type.
+    """`inner` with its state, its arithmetic and a copy of narrow parameters in float32.
 
     optax makes moments in the parameters' type; a bfloat16 second moment with decay 0.999 never
-    moves. Wider types are kept.
+    moves. And a bfloat16 weight does not move by less than 1/256 of itself, which swallows most
+    updates at the rates of reinforcement learning: so narrower parameters follow a float32 master
+    copy in the state. Parameters in float32 or wider have no copy.
 
     Args:
         inner: the transformation to wrap.
     """
 
-    def wide(tree):
-        return jax.tree.map(lambda x: x.astype(wide_type(x.dtype)), tree)
-
     def init(params):
-        return inner.init(wide(params))
+        return _masters(params), inner.init(_widened(params))
 
     def update(updates, state, params=None):
-        return inner.update(wide(updates), state, None if params is None else wide(params))
+        masters, inner_state = state
+        if params is None:
+            raise ValueError("params is None; pass the parameters, float32 copies follow them")
+        current = _merged(masters, _widened(params))
+        change, inner_state = inner.update(_widened(updates), inner_state, current)
+        masters = _where_narrow(params, jax.tree.map(jnp.add, current, change))
+        # What to add to a narrow parameter so that it becomes its rounded master.
+        to_master = jax.tree.map(
+            lambda m, p: None if m is None else m - p.astype(m.dtype),
+            masters,
+            params,
+            is_leaf=lambda x: x is None,
+        )
+        return _merged(to_master, change), (masters, inner_state)
 
     return optax.GradientTransformation(init, update)
+
+
+def _widened(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(wide_type(x.dtype)), tree)
+
+
+def _where_narrow(params: PyTree, tree: PyTree) -> PyTree:
+    """`tree` where the parameter is narrower than float32, `None` elsewhere."""
+    return jax.tree.map(lambda p, x: x if p.dtype != wide_type(p.dtype) else None, params, tree)
+
+
+def _masters(params: PyTree) -> PyTree:
+    return _where_narrow(params, _widened(params))
+
+
+def _merged(masters: PyTree, params: PyTree) -> PyTree:
+    """The master copies where there are some, the parameters elsewhere."""
+    return jax.tree.map(
+        lambda m, p: p if m is None else m, masters, params, is_leaf=lambda x: x is None
+    )

@@ -64,6 +64,6 @@ def _live_rows(rollout: Rollout, keep: np.ndarray) -> tuple[np.ndarray, int]:
     group = np.asarray(rollout.group)
     # A row that was empty before (its reward function failed) is no verdict on its group.
     dropped = np.unique(group[~keep & np.asarray(rollout.mask).any(axis=1)])
-    alive = ~np.isin(group, dropped)
+    alive = ~np.isin(group, dropped) & np.isin(group, group[keep])
     rows = np.flatnonzero(alive)
     return rows[np.argsort(group[rows], kind="stable")], len(np.unique(group[alive]))

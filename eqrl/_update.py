@@ -248,7 +248,7 @@ def _sums(scores: Scores, batch: Batch) -> Metrics:
     old = scores.logprobs if rollout.old_logprobs is None else rollout.old_logprobs
     gap = lax.stop_gradient(zero_unmasked(old - rollout.logprobs, rollout.mask))
     weight = jnp.exp(gap)
-    metrics = {
+    return {
         "policy/entropy": batch.mean(scores.entropy),
         "policy/ratio_mean": batch.mean(jnp.exp(delta)),
         "policy/kl_old_k1": batch.mean(-delta),
@@ -258,17 +258,6 @@ def _sums(scores: Scores, batch: Batch) -> Metrics:
         "mismatch/weight": batch.mean(weight),
         "mismatch/weight_squared": batch.mean(weight**2),
     }
-    if rollout.values is not None and batch.targets is not None:
-        # The critic's predictions from before it saw this rollout: what it really knows.
-        error = batch.targets - rollout.values
-        metrics |= {
-            "value/mean": batch.mean(rollout.values),
-            "value/error": batch.mean(error),
-            "value/error_squared": batch.mean(error**2),
-            "value/target": batch.mean(batch.targets),
-            "value/target_squared": batch.mean(batch.targets**2),
-        }
-    return metrics
 
 
 def _extremes(scores: Scores, batch: Batch) -> dict[str, Float[Array, ""]]:
@@ -290,10 +279,5 @@ def _finish(sums: Metrics, extremes: dict[str, Any]) -> Metrics:
     metrics = dict(sums)
     mean, squared = metrics.pop("mismatch/weight"), metrics.pop("mismatch/weight_squared")
     metrics["mismatch/ess"] = mean**2 / jnp.maximum(squared, jnp.finfo(squared.dtype).tiny)
-    if "value/error" in metrics:
-        error = metrics.pop("value/error_squared") - metrics.pop("value/error") ** 2
-        target = metrics.pop("value/target_squared") - metrics.pop("value/target") ** 2
-        floor = jnp.finfo(target.dtype).eps
-        metrics["value/explained_variance"] = 1 - error / jnp.maximum(target, floor)
     metrics |= extremes
     return metrics | {"policy/ratio_min": -extremes["policy/ratio_min"]}

@@ -9,6 +9,7 @@ pieces of eqrl.
 import dataclasses
 import datetime
 import difflib
+import math
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -244,6 +245,12 @@ def _check_algorithm(config: Config, algorithm: algorithms.Algorithm, critic: bo
             f"--algo.advantage or --algo.objective reads a critic's values, but {name} trains "
             "none; use --algo.name ppo"
         )
+    if algo.epochs * algo.minibatches > 1 and "reinforce()" in repr(algorithm.objective):
+        flag = "--algo.epochs" if algo.epochs > 1 else "--algo.minibatches"
+        raise ValueError(
+            f"{flag}: the objective {algorithm.objective!r} has no ratio, so a second update on a "
+            'rollout would be biased; add --algo.objective "clipped()"'
+        )
     if config.optim.critic_lr is not None and not critic:
         raise ValueError(
             f"--optim.critic-lr has no effect: {name} trains no critic; leave it out, or use "
@@ -264,6 +271,8 @@ def _check_algorithm(config: Config, algorithm: algorithms.Algorithm, critic: bo
 def _check_rest(config: Config) -> None:
     if not config.rollout.temperature > 0:
         raise ValueError("--rollout.temperature 0 explores nothing; give a number above 0")
+    if not all(math.isfinite(weight) for weight in config.reward.weights):
+        raise ValueError(f"--reward.weights {config.reward.weights} must be finite numbers")
     if not config.reward.timeout > 0:
         raise ValueError("--reward.timeout 0 fails every sample; give seconds above 0")
     if config.eval.temperature == 0 and config.eval.samples > 1:
@@ -312,7 +321,7 @@ def derived(config: Config, dataset_size: int | None = None) -> dict[str, Any]:
     numbers = {
         "sequences_per_step": sequences,
         "rollouts_per_step_at_most": 1 + (algo.max_refills or 0),
-        "tokens_per_step_at_most": sequences * rollout.max_tokens,
+        "tokens_per_step_at_most": sequences * rollout.max_tokens * (1 + (algo.max_refills or 0)),
         "passes_per_step": algo.epochs,
         "minibatch_sequences": minibatch,
         "micro_batch_sequences": micro,
@@ -340,7 +349,8 @@ def describe(config: Config, dataset_size: int | None = None) -> str:
     del tree["print_config"]
     algorithm = build_algorithm(config)
     tree["derived"] = derived(config, dataset_size) | {"algorithm": _print(algorithm)}
-    tree["derived"]["requires"] = sorted(algorithm.requires)
+    several = {"old_logprobs"} if tree["derived"]["updates_per_step"] > 1 else set()
+    tree["derived"]["requires"] = sorted(algorithm.requires | several)
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=100)
 
 

@@ -48,16 +48,16 @@ class Evaluator:
         loaded: models.Loaded,
         tokenizer: Any,
         config: Config,
+        weights: Sequence[float],
     ):
         self._held_out, self._task, self._tokenizer = held_out, task, tokenizer
-        self._config = config
+        self._config, self._weights = config, weights
         self._decoder = samplers.Decoder(
             config.eval.samples,
             config.rollout.max_tokens or 1,
             loaded.stop_ids,
             config.eval.temperature,
         )
-        self._sweeps: list[dict[str, float]] = []
         self.samples: list[tracking.Sample] = []
 
     def light(self, policy: models.Transformer) -> dict[str, float]:
@@ -70,20 +70,8 @@ class Evaluator:
             return {}
         found = self._evaluate(policy, self._config.eval.full, "eval_full")
         found["eval_full/accuracy"] = found["eval_full/acc_strict"]
-        self._sweeps.append(found)
         same = {name.replace("_full", "", 1): x for name, x in found.items()}
         return {name: x for name, x in same.items() if name.startswith("eval/")} | found
-
-    def print_summary(self) -> None:
-        """Accuracy before and after, if both were measured."""
-        if len(self._sweeps) < 2:
-            return
-        before, after = self._sweeps[0], self._sweeps[-1]
-        problems = int(before["eval_full/problems"])
-        print(f"held-out accuracy on {problems} problems   before   after")
-        for name in ("acc_strict", "acc_lenient"):
-            a, b = before[f"eval_full/{name}"], after[f"eval_full/{name}"]
-            print(f"  {name.removeprefix('acc_'):<34} {a:7.1%} {b:7.1%}")
 
     def _evaluate(self, policy: models.Transformer, count: int, prefix: str) -> dict[str, float]:
         start = time.perf_counter()
@@ -96,10 +84,9 @@ class Evaluator:
         )
         scored = judge(self._task.rewards)
         verdict = judge([self._task.strict, self._task.lenient]).components
-        weights = self._config.reward.weights or self._task.weights
         names = rewards.reward_names(self._task.rewards)
         self._keep(chosen, texts, names, scored.components)
-        total = rewards.weighted(scored.components, weights)
+        total = rewards.weighted(scored.components, self._weights)
         found = {
             f"{prefix}/acc_strict": float(verdict[:, 0].mean()),
             f"{prefix}/acc_lenient": float(verdict[:, 1].mean()),
@@ -107,15 +94,15 @@ class Evaluator:
             f"{prefix}/len_mean": float(lengths.mean()),
             f"{prefix}/truncated_frac": float(truncated.mean()),
             f"{prefix}/problems": float(len(chosen)),
+            f"{prefix}/reward_fn_failures": float(scored.errors + scored.timeouts),
         }
         for name, mean in zip(names, scored.components.mean(axis=0), strict=True):
             found[f"{prefix}/reward/func/{name}/mean"] = float(mean)
         correct = verdict[:, 1].reshape(len(chosen), -1)
-        k = 1
-        while k <= correct.shape[1]:
+        samples = correct.shape[1]
+        for k in {2**i for i in range(samples.bit_length())} | {samples}:
             found[f"{prefix}/pass@{k}"] = eqrl.pass_at_k(correct, k)
-            k *= 2
-        return found | {f"time/{prefix}/step_s": time.perf_counter() - start}
+        return found | {f"time/{prefix}": time.perf_counter() - start}
 
     def _complete(self, policy: models.Transformer, chosen: Sequence[int]):
         """Texts, lengths and truncation of all completions, a constant number of rows a pass."""

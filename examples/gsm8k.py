@@ -70,12 +70,7 @@ def main() -> int:
             "demo: a tiny model on generated word problems; for a real one, "
             "--model Qwen/Qwen2.5-0.5B-Instruct --data.path openai/gsm8k"
         )
-    try:
-        task = build(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return train(config, task)
+    return train(config, build)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from config import Algo, Config, Data, Eval, Optim, Rollout, describe, parse
+from config import describe, parse
+from options import Algo, Config, Data, Eval, Optim, Rollout
 from task import Task
 from training import train
 
@@ -56,9 +57,11 @@ class GymConfig(Config):
     """smollm2 (from PyPI), a folder, a GGUF file, or a hub id"""
     algo: Algo = Algo(kl=0.0)
     data: Data = Data(path="reasoning-gym", eval_split="held_out")
-    rollout: Rollout = Rollout(prompts=8, samples=8, max_tokens=16)
+    steps: int | None = 60
+    """rollout batches; 0 = only evaluate"""
+    rollout: Rollout = Rollout(prompts=4, samples=8, max_tokens=16)
     optim: Optim = Optim(lr=1e-5)
-    eval: Eval = Eval(full=0, prompts=32, samples=8, temperature=1.0)
+    eval: Eval = Eval(full=0, every=20, prompts=25, samples=8, temperature=1.0)
 
 
 def key(entry: Mapping[str, Any]) -> str:
@@ -117,12 +120,7 @@ def main() -> int:
     if config.print_config:
         print(describe(config), end="")
         return 0
-    try:
-        task = build(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return train(config, task)
+    return train(config, build)
 
 
 if __name__ == "__main__":

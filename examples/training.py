@@ -4,15 +4,16 @@
 here is order, files and numbers.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
 import pathlib
 import resource
 import signal
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -52,26 +53,41 @@ class Run(NamedTuple):
     console: tracking.Console
 
 
-def train(config: Config, task: Task) -> int:
-    """Trains, and leaves a run folder that tells the story. Returns the process's exit code."""
+def train(config: Config, build: Callable[[Any], Task]) -> int:
+    """Trains, and leaves a run folder that tells the story. Returns the process's exit code.
+
+    Args:
+        config: resolved.
+        build: makes the task from it; data is loaded inside, so that its faults are recorded too.
+
+    Raises:
+        SystemExit: with one sentence, if something that the configuration names does not work.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # transformers warns that PyTorch is missing; nothing here uses it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _cache_compilations()
     folder = pathlib.Path(str(config.run_dir))
-    try:
+    with _one_sentence():
         resume = resolve_resume(config.resume, folder)
-        with tracking.exit_status(folder) as status, tracking.StopRequest() as stop:
-            run = _prepare(config, task, folder, resume)
-            _train(run, resume, status, stop)
-        return 0 if stop.requested is None else 128 + signal.Signals[stop.requested]
+    with tracking.exit_status(folder) as status, tracking.StopRequest() as stop:
+        with _one_sentence():
+            run = _prepare(config, build(config), folder, resume)
+            state, stream, counters = _begin(run, resume)
+        status.step = 0 if resume is None else resume.step
+        _train(run, state, stream, counters, status, stop)
+        status.signal = stop.requested
+    return 0 if stop.requested is None else 128 + signal.Signals[stop.requested]
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Bad input ends the process with its sentence. Past the preparation nothing is caught."""
+    try:
+        yield
     except ValueError as error:
-        # Bad input, found by whichever part read it: one sentence. Bugs raise other types.
-        if os.environ.get("EQRL_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise SystemExit(f"error: {error}") from None
 
 
 def _cache_compilations() -> None:
@@ -91,6 +107,7 @@ def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | 
         (record.get("key", record["question"]) for record in task.train),
         (record.get("key", record["question"]) for record in task.held_out),
     )
+    weights = _weights(config, task)
     loaded = models.load(
         str(DEMO) if config.model == "demo" else config.model, dtype=jnp.dtype(config.dtype)
     )
@@ -102,12 +119,6 @@ def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | 
         evaluation.encode(records, tokenizer, system or None, config.data.max_prompt_tokens)
         for records in (task.train[: config.data.limit or None], task.held_out)
     )
-    weights = config.reward.weights or task.weights
-    if len(weights) != len(task.rewards):
-        raise ValueError(
-            f"--reward.weights has {len(weights)} numbers but {task.name} has {len(task.rewards)} "
-            f"rewards ({', '.join(rewards.reward_names(task.rewards))}); give one each"
-        )
     assert config.rollout.samples is not None and config.rollout.max_tokens is not None
     return Run(
         config=config,
@@ -125,7 +136,7 @@ def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | 
             loaded.stop_ids,
             config.rollout.temperature,
         ),
-        weights=tuple(weights),
+        weights=weights,
         implementation={"auto": None, "jax": "chunked"}.get(
             config.policy_loss_impl, config.policy_loss_impl
         ),
@@ -136,68 +147,112 @@ def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | 
     )
 
 
-def _train(
-    run: Run,
-    resume: Resume | None,
-    status: tracking.ExitStatus,
-    stop: tracking.StopRequest,
-) -> None:
-    config, steps = run.config, run.config.steps or 0
+def _weights(config: Config, task: Task) -> tuple[float, ...]:
+    weights, names = (
+        tuple(config.reward.weights or task.weights),
+        rewards.reward_names(task.rewards),
+    )
+    if len(weights) != len(names):
+        raise ValueError(
+            f"--reward.weights has {len(weights)} numbers but {task.name} has {len(names)} rewards "
+            f"({', '.join(names)}); give one each"
+        )
+    if not any(weights):
+        raise ValueError(
+            "--reward.weights are all 0, so nothing could be learned; give one a value"
+        )
+    return weights
+
+
+def _begin(run: Run, resume: Resume | None):
+    """The state of the first step: fresh, or as a checkpoint left it."""
     critic = None
     if "values" in run.algorithm.requires:
         critic = models.ValueModel.init(run.loaded.model)
     state = eqrl.init(run.loaded.model, run.algorithm, run.optimizer, critic=critic)
-    stream = data.PromptStream(len(run.prompts.records), config.seed)
+    stream = data.PromptStream(len(run.prompts.records), run.config.seed)
     counters = {"prompts_seen": 0, "tokens_seen": 0}
-    checkpoints = Checkpoints(run.folder / "checkpoints", keep=config.checkpoint.keep or 10**9)
-    first = 0
-    if resume is not None:
-        state, counters, first = _restore(resume, state, stream)
-        checkpoints.drop_after(first)
-    tracker = _trackers(run, first)
-    evaluate = evaluation.Evaluator(run.held_out, run.task, run.loaded, run.tokenizer, config)
-    ended = "exception"
-    try:
-        if first == 0:
-            tracker.log(0, evaluate.full(state.policy))
-        for step in range(first, steps):
-            with run.timer.step():
-                rollout, metrics = _collect(run, state, stream, step)
-                state, learned = _learn(run, state, rollout, step)
-            metrics |= learned | _count(run, rollout, counters, stream)
-            step += 1
-            status.step = step
-            tracker.log(step, metrics)
-            _notices(run, step, metrics)
-            last = step == steps or stop.requested is not None
-            if not last and config.eval.every and step % config.eval.every == 0:
-                tracker.log(step, evaluate.light(state.policy))
-            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                arrays, _ = eqx.partition(state, eqx.is_array)
-                extra = {"stream": [*stream.state()], "counters": counters}
-                start = time.perf_counter()
-                if not checkpoints.save(step, arrays, extra) and last:
-                    print("the last checkpoint could not be saved; the model folder still is")
-                tracker.log(step, {"time/ckpt_s": time.perf_counter() - start})
-            if stop.requested is not None:
-                status.signal = stop.requested
-                break
-        if stop.requested is None and steps > 0:
-            tracker.log(steps, evaluate.full(state.policy))
-        ended = "success" if stop.requested is None else "signal"
-    finally:
-        checkpoints.close()
-        tracker.finish(ended)
-    _leave(run, state.policy, evaluate)
-
-
-def _restore(resume: Resume, state: eqrl.TrainState, stream: data.PromptStream):
+    if resume is None:
+        return state, stream, counters
     arrays, static = eqx.partition(state, eqx.is_array)
     with Checkpoints(resume.folder) as checkpoints:
         arrays, extra = checkpoints.restore(arrays, resume.step)
+    for name, value in _identity(run).items():
+        if extra["run"][name] != value:
+            raise ValueError(
+                f"--resume: the checkpoint's {name} is {extra['run'][name]}, this run's {value}; "
+                "repeat the first run's arguments or choose another --run-dir"
+            )
     stream.restore(extra["stream"])
     print(f"resumed {resume.folder} at step {resume.step}")
-    return eqx.combine(arrays, static), dict(extra["counters"]), resume.step
+    return eqx.combine(arrays, static), stream, dict(extra["counters"])
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What may not change between a run and its continuation."""
+    return {
+        "seed": run.config.seed,
+        "algorithm": repr(run.algorithm),
+        "problems": len(run.prompts.records),
+    }
+
+
+def _train(
+    run: Run,
+    state: eqrl.TrainState,
+    stream: data.PromptStream,
+    counters: dict[str, int],
+    status: tracking.ExitStatus,
+    stop: tracking.StopRequest,
+) -> None:
+    config, steps = run.config, run.config.steps or 0
+    done = saved = status.step or 0
+    checkpoints = Checkpoints(run.folder / "checkpoints", keep=config.checkpoint.keep or 10**9)
+    checkpoints.drop_after(done)
+    tracker = _trackers(run, done)
+    ended = "exception"
+
+    def save() -> None:
+        start = time.perf_counter()
+        arrays, _ = eqx.partition(state, eqx.is_array)
+        extra = {"stream": [*stream.state()], "counters": counters, "run": _identity(run)}
+        if not checkpoints.save(done, arrays, extra):
+            run.console.notice(f"save-{done}", f"step {done} is not on disk as a checkpoint")
+        tracker.log(done, {"time/ckpt": time.perf_counter() - start})
+
+    try:
+        evaluate = evaluation.Evaluator(
+            run.held_out, run.task, run.loaded, run.tokenizer, config, run.weights
+        )
+        if done == 0 and not stop.requested:
+            tracker.log(0, evaluate.full(state.policy))
+        while done < steps and not stop.requested:
+            with run.timer.step():
+                rollout, metrics = _collect(run, state, stream, done)
+                state, learned = _learn(run, state, rollout, done)
+            done += 1
+            status.step = done
+            metrics |= learned | _count(run, metrics.pop("sampled"), rollout, counters, stream)
+            tracker.log(done, metrics)
+            _notices(run, done, metrics)
+            every = config.checkpoint.every
+            if every and done % every == 0:
+                save()
+                saved = done
+            every = config.eval.every
+            if every and done % every == 0 and done < steps and not stop.requested:
+                tracker.log(done, evaluate.light(state.policy))
+        if done > saved:
+            save()
+        if not stop.requested and (steps > 0 or done > 0):
+            tracker.log(done, evaluate.full(state.policy))
+        ended = "success" if stop.requested is None else "signal"
+    finally:
+        try:
+            checkpoints.close()
+        finally:
+            tracker.finish(ended)
+    _leave(run, state.policy, evaluate)
 
 
 def _trackers(run: Run, first: int) -> tracking.Combined:
@@ -220,27 +275,60 @@ def _trackers(run: Run, first: int) -> tracking.Combined:
 
 def _collect(
     run: Run, state: eqrl.TrainState, stream: data.PromptStream, step: int
-) -> tuple[eqrl.Rollout, dict[str, float]]:
-    """A rollout with rewards; with a selection, sampled anew until enough groups are alive."""
-    faults = {"reward_fn/errors": 0.0, "reward_fn/timeouts": 0.0, "sampled_tokens": 0.0}
+) -> tuple[eqrl.Rollout, dict[str, Any]]:
+    """A rollout with rewards; with a selection, sampled anew until enough groups are alive.
+
+    Reward and length metrics describe everything that was sampled, not only what survives.
+    """
+    sampled: list[tuple[eqrl.Rollout, rewards.Scored]] = []
     prompts = run.config.rollout.prompts or 1
     key = jr.fold_in(jr.key(run.config.seed), step)
 
     def sample(round: int) -> eqrl.Rollout:
         rows = stream.take(prompts)
         with run.timer("rollout"):
-            batch = eqrl.pad_prompts([run.prompts.tokens[i] for i in rows], rows, width=_width(run))
+            tokens = [run.prompts.tokens[i] for i in rows]
+            batch = eqrl.pad_prompts(tokens, _distinct(run, rows), width=_width(run))
             rollout = run.sampler(state.policy, batch, key=jr.fold_in(key, round))
             jax.block_until_ready(rollout)
         with run.timer("reward"):
-            return _reward(run, rollout, rows, faults)
+            rollout, scored = _reward(run, rollout, rows)
+        sampled.append((rollout, scored))
+        return rollout
 
     if run.algorithm.selection is None or not run.config.algo.max_refills:
-        return sample(0), faults
-    rollout, metrics = eqrl.refill(
-        sample, run.algorithm.selection, prompts, rounds=run.config.algo.max_refills
-    )
-    return rollout, metrics | faults
+        rollout, metrics = sample(0), {}
+    else:
+        rollout, metrics = eqrl.refill(
+            sample, run.algorithm.selection, prompts, rounds=run.config.algo.max_refills
+        )
+    return rollout, metrics | _described(run, sampled)
+
+
+def _described(run: Run, sampled: list[tuple[eqrl.Rollout, rewards.Scored]]) -> dict[str, Any]:
+    """Metrics of all rounds of a step; groups of different rounds are different groups."""
+    parts, rows = [], 0
+    for rollout, scored in sampled:
+        components = jnp.asarray(scored.components)
+        parts.append(dataclasses.replace(rollout, rewards=components, group=rollout.group + rows))
+        rows += rollout.group.shape[0]
+    whole = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    total = rewards.weighted(np.asarray(whole.rewards), run.weights)
+    found = eqrl.rollout_metrics(whole, total, rewards.reward_names(run.task.rewards))
+    return found | {
+        "reward_fn/errors": float(sum(scored.errors for _, scored in sampled)),
+        "reward_fn/timeouts": float(sum(scored.timeouts for _, scored in sampled)),
+        "sampled": float(np.asarray(whole.mask).sum()),
+    }
+
+
+def _distinct(run: Run, rows: Sequence[int]) -> list[int]:
+    """Sampling ids: a problem that comes twice in a batch is sampled anew the second time."""
+    size, seen, ids = len(run.prompts.records), Counter(), []
+    for row in rows:
+        ids.append(row + size * seen[row])
+        seen[row] += 1
+    return ids
 
 
 def _width(run: Run) -> int:
@@ -248,19 +336,21 @@ def _width(run: Run) -> int:
 
 
 def _reward(
-    run: Run, rollout: eqrl.Rollout, rows: Sequence[int], faults: dict[str, float]
-) -> eqrl.Rollout:
-    """The raw reward components; a completion whose reward function failed trains nothing."""
+    run: Run, rollout: eqrl.Rollout, rows: Sequence[int]
+) -> tuple[eqrl.Rollout, rewards.Scored]:
+    """The raw reward components; a completion whose reward function failed trains nothing.
+
+    The rollout carries the components that have a weight: a component that is only watched must
+    not decide which groups teach something.
+    """
     mask = np.asarray(rollout.mask)
     texts = data.decode_completions(np.asarray(rollout.tokens), mask, run.tokenizer)
     samples = len(texts) // len(rows)
     records = [run.prompts.records[i] for i in rows for _ in range(samples)]
     scored = rewards.score(run.task.rewards, texts, records, timeout=run.config.reward.timeout)
-    faults["reward_fn/errors"] += scored.errors
-    faults["reward_fn/timeouts"] += scored.timeouts
-    faults["sampled_tokens"] += float(mask.sum())
     rollout = eqrl.apply(rollout, jnp.asarray(~scored.failed))
-    return dataclasses.replace(rollout, rewards=jnp.asarray(scored.components))
+    weighted = jnp.asarray(scored.components[:, np.asarray(run.weights) != 0])
+    return dataclasses.replace(rollout, rewards=weighted), scored
 
 
 def _learn(
@@ -268,8 +358,8 @@ def _learn(
 ) -> tuple[eqrl.TrainState, dict[str, float]]:
     """Rewards to advantages, advantages to updates."""
     config, algorithm = run.config, run.algorithm
-    total = rewards.weighted(np.asarray(rollout.rewards), run.weights)
-    metrics = eqrl.rollout_metrics(rollout, total, rewards.reward_names(run.task.rewards))
+    total = rewards.weighted(np.asarray(rollout.rewards), [w for w in run.weights if w != 0])
+    metrics = {}
     count, epochs = config.algo.minibatches or 1, config.algo.epochs or 1
     requires = algorithm.requires | ({"old_logprobs"} if count * epochs > 1 else set())
     options = {
@@ -292,15 +382,17 @@ def _learn(
         batch, estimators = _assign(algorithm, signal, state.algorithm, rollout)
         state = dataclasses.replace(state, algorithm=estimators)
         metrics |= eqrl.advantage_metrics(batch.advantages, batch.rollout.mask)
+        if batch.targets is not None:
+            metrics |= eqrl.value_metrics(rollout.values, batch.targets, rollout.mask)
     with run.timer("update"):
+        rate = schedule(config, config.optim.lr or 0.0, derived(config)["updates"])
+        metrics["optim/lr"] = float(rate(state.updates))
         updated = []
         for epoch in range(epochs):
             key = jr.fold_in(jr.fold_in(jr.key(config.seed + 1), step), epoch)
             for part in eqrl.minibatches(batch, algorithm, count, key=key):
-                rate = schedule(config, config.optim.lr or 0.0, derived(config)["updates"])
-                metrics["optim/lr"] = float(rate(state.updates))
                 state, numbers = eqrl.update(state, part, algorithm, run.optimizer, **options)
-                updated.append(numbers)
+                updated.append((int(np.asarray(part.rollout.mask).sum()), numbers))
         metrics |= _averaged(updated)
     return state, metrics
 
@@ -310,38 +402,46 @@ def _assign(algorithm, signal, state, rollout):
     return algorithm.assign(signal, state, rollout)
 
 
-def _averaged(updates: list[Mapping[str, Any]]) -> dict[str, float]:
-    """Metrics over a step's updates: means, except for extremes and counts."""
+def _averaged(updates: list[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:
+    """Metrics over a step's updates: means over their tokens, except for extremes and counts."""
     merge = {"_max": max, "_min": min, "nonfinite": max}
+    tokens = [max(count, 1) for count, _ in updates]
     found = {}
-    for name in updates[0]:
-        values = [float(numbers[name]) for numbers in updates]
-        function = next((f for end, f in merge.items() if name.endswith(end)), np.mean)
-        found[name] = float(function(values))
+    for name in updates[0][1]:
+        values = [float(numbers[name]) for _, numbers in updates]
+        extreme = next((f for end, f in merge.items() if name.endswith(end)), None)
+        mean = float(np.average(values, weights=tokens))
+        found[name] = mean if extreme is None else float(extreme(values))
     # How far sampler and trainer disagree is a fact of the rollout, not of later updates.
-    found |= {name: float(x) for name, x in updates[0].items() if name.startswith("mismatch/")}
-    return found
+    first = updates[0][1]
+    return found | {n: float(x) for n, x in first.items() if n.startswith("mismatch/")}
 
 
 def _count(
-    run: Run, rollout: eqrl.Rollout, counters: dict[str, int], stream: data.PromptStream
+    run: Run,
+    sampled: float,
+    rollout: eqrl.Rollout,
+    counters: dict[str, int],
+    stream: data.PromptStream,
 ) -> dict[str, float]:
     """Time, throughput, memory and how far through the data; `counters` moves on."""
-    timer, tokens = run.timer, float(np.asarray(rollout.mask).sum())
+    timer, trained = run.timer, float(np.asarray(rollout.mask).sum())
     state = stream.state()
     size = len(run.prompts.records)
     counters["prompts_seen"] = state.epoch * size + state.cursor
-    counters["tokens_seen"] += int(tokens)
-    train = timer.seconds("update") + timer.seconds("logp")
-    per_second = tracking.throughput(tokens, train)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    counters["tokens_seen"] += int(sampled)
+    per_second = tracking.throughput(trained, timer.seconds("update") + timer.seconds("logp"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     device = jax.local_devices()[0].memory_stats() or {}
+    short = {"gen": "rollout", "reward": "reward", "logp": "logp", "update": "update"}
     return timer.metrics() | {
-        "perf/tok_per_s_gen": tracking.throughput(tokens, timer.seconds("rollout")),
+        **{f"time/{name}": timer.seconds(phase) for name, phase in short.items()},
+        "time/step": timer.seconds("step"),
+        "perf/tok_per_s_gen": tracking.throughput(sampled, timer.seconds("rollout")),
         "perf/tok_per_s_train": per_second,
         "throughput/train/valid_tokens_per_s_update": per_second,
-        "throughput/train/valid_tokens_per_s": tracking.throughput(tokens, timer.seconds("step")),
-        "perf/mem_peak_gb": device.get("peak_bytes_in_use", peak * 1e9) / 1e9,
+        "throughput/train/valid_tokens_per_s": tracking.throughput(trained, timer.seconds("step")),
+        "perf/mem_peak_gb": device.get("peak_bytes_in_use", peak) / 1e9,
         "data/prompts_seen": float(counters["prompts_seen"]),
         "data/tokens_seen": float(counters["tokens_seen"]),
         "data/epoch": counters["prompts_seen"] / size,
@@ -351,11 +451,9 @@ def _count(
 def _notices(run: Run, step: int, metrics: Mapping[str, float]) -> None:
     """Facts that look like bugs when nobody says them; each once."""
     notice = run.console.notice
-    if step == 1 and metrics.get("policy/ratio_min") == metrics.get("policy/ratio_max") == 1.0:
+    if metrics.get("policy/ratio_min") == metrics.get("policy/ratio_max") == 1.0:
         notice(
-            "ratio",
-            "one update per rollout, so the ratio is identically 1 and clipping never acts "
-            "(as intended on-policy; --algo.epochs or --algo.minibatches change it)",
+            "ratio", "one update per rollout, so the ratio is identically 1 (as intended on-policy)"
         )
     if metrics.get("group/zero_std_frac") == 1.0:
         notice(
@@ -364,7 +462,7 @@ def _notices(run: Run, step: int, metrics: Mapping[str, float]) -> None:
             "so group-relative advantages are zero",
         )
     if metrics.get("optim/skipped_nonfinite", 0) > 0:
-        notice("nonfinite", f"step {step}: a gradient was not finite; that update was skipped")
+        notice("nonfinite", f"step {step}: gradients were not finite; such updates are skipped")
 
 
 def _leave(run: Run, policy: models.Transformer, evaluate: evaluation.Evaluator) -> None:
@@ -381,5 +479,17 @@ def _leave(run: Run, policy: models.Transformer, evaluate: evaluation.Evaluator)
     if evaluate.samples:
         tracking.write_samples(run.folder / "samples.md", evaluate.samples, title=title)
         tracking.print_samples(evaluate.samples)
-    evaluate.print_summary()
+    _print_accuracy(run.folder)
     print(f"curve, samples, metrics and model are in {run.folder}/")
+
+
+def _print_accuracy(folder: pathlib.Path) -> None:
+    """Held-out accuracy of the first and the last full sweep, also of a resumed run."""
+    name = "eval_full/problems"
+    sweeps = [r for r in tracking.read_jsonl(folder / "metrics.jsonl") if name in r]
+    if len(sweeps) < 2:
+        return
+    print(f"held-out accuracy on {int(sweeps[0][name])} problems   before   after")
+    for kind in ("strict", "lenient"):
+        before, after = (sweep[f"eval_full/acc_{kind}"] for sweep in (sweeps[0], sweeps[-1]))
+        print(f"  {kind:<34} {before:7.1%} {after:7.1%}")

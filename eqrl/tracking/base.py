@@ -1,5 +1,6 @@
 """What a tracker is, and how several of them share one run."""
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Protocol, SupportsFloat, runtime_checkable
@@ -47,6 +48,8 @@ class Combined:
     def _drop(self, tracker: Tracker, error: Exception) -> None:
         # A new tuple: the loop that called us still walks the old one.
         self.trackers = tuple(other for other in self.trackers if other is not tracker)
+        with contextlib.suppress(Exception):  # what it has may still be worth closing
+            tracker.finish("exception")
         logger.warning(
             "tracker %s failed (%s: %s); it is dropped, the run and the other trackers go on",
             type(tracker).__name__,

@@ -115,7 +115,10 @@ def _no_key() -> str | None:
     """Why there is no key, or `None` if there is one. Never asks on the terminal."""
     wandb = _import_wandb()
     wandb.setup(settings=wandb.Settings(silent=True))
-    found = wandb.login(prompt=False, verify=False)
+    try:
+        found = wandb.login(prompt=False, verify=False)
+    except Exception as error:  # a key that is no key has exceptions of its own
+        return f"the API key is refused ({str(error).splitlines()[0]})"
     return None if found else "no API key (set WANDB_API_KEY or run `wandb login`)"
 
 
