@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import evaluation
 import numpy as np
 import pytest
 import yaml
@@ -132,10 +133,9 @@ def test_kill_and_resume_equal_an_uninterrupted_run_bit_for_bit(tmp_path):
     )
     assert whole.returncode == 0, whole.stderr
     words = (*RESUMED, "--checkpoint.every", "2")
-    first = _start(tmp_path / "cut", *words)
-    _until(first, "step 3/4")
-    first.send_signal(signal.SIGKILL)
-    first.wait(timeout=60)
+    with _start(tmp_path / "cut", *words) as first:
+        _until(first, "step 3/4")
+        first.send_signal(signal.SIGKILL)
     assert json.loads((tmp_path / "cut/exit_status.json").read_text())["status"] == "running"
     second = subprocess.run(
         _command(tmp_path / "cut", *words), cwd=ROOT, capture_output=True, text=True
@@ -156,12 +156,32 @@ def test_kill_and_resume_equal_an_uninterrupted_run_bit_for_bit(tmp_path):
 
 
 def test_sigterm_finishes_the_step_saves_and_says_so(tmp_path):
-    process = _start(tmp_path / "run", "--steps", "10000")
-    _until(process, "step     2/10000")
-    process.send_signal(signal.SIGTERM)
-    output = process.stdout.read()
-    assert process.wait(timeout=120) == 128 + signal.SIGTERM, output
+    with _start(tmp_path / "run", "--steps", "10000") as process:
+        _until(process, "step     2/10000")
+        process.send_signal(signal.SIGTERM)
+        output = process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM, output
     status = json.loads((tmp_path / "run/exit_status.json").read_text())
     assert (status["status"], status["signal"]) == ("signal", "SIGTERM")
     saved = {int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdecimal()}
     assert max(saved) == status["step"] == _metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_a_signal_during_an_evaluation_loses_nothing(tmp_path, monkeypatch):
+    def asked(self, policy):
+        signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    monkeypatch.setattr(evaluation.Evaluator, "light", asked)
+    words = ["--steps", "3", "--eval.every", "1", "--run-dir", str(tmp_path / "run")]
+    assert train(parse([*TINY, *words]), lambda config: _task()) == 128 + signal.SIGTERM
+    status = json.loads((tmp_path / "run/exit_status.json").read_text())
+    assert (status["status"], status["step"]) == ("signal", 1)
+    assert (tmp_path / "run/checkpoints/1").is_dir()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    words = ["--run-dir", str(tmp_path / "run"), "--eval.full", "None"]
+    train(parse([*TINY, *words, "--steps", "1"]), lambda config: _task())
+    with pytest.raises(SystemExit, match="seed is 0, this run's 7"):
+        train(parse([*TINY, *words, "--steps", "2", "--seed", "7"]), lambda config: _task())
