@@ -76,7 +76,14 @@ def init(
     # One buffer a leaf: a donated buffer must not be referenced twice.
     state = jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, state)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(*models, state, algorithm.init(), zero, jnp.zeros((), jnp.int32))
+    return TrainState(
+        policy=models[0],
+        critic=models[1],
+        optimizer=state,
+        algorithm=algorithm.init(),
+        updates=zero,
+        skipped=jnp.copy(zero),
+    )
 
 
 def update(
@@ -146,14 +153,9 @@ def minibatches(
 
 def _pad_batch(batch: Batch, rows: int) -> Batch:
     missing = rows - batch.weights.shape[0]
-    pad = lambda x: None if x is None else jnp.pad(x, [(0, missing), (0, 0)])  # noqa: E731
-    return Batch(
-        pad_rows(batch.rollout, rows),
-        pad(batch.advantages),
-        pad(batch.weights),
-        pad(batch.share),
-        pad(batch.targets),
-    )
+    arrays = (batch.advantages, batch.weights, batch.share, batch.targets)
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, missing), (0, 0)]), arrays)
+    return Batch(pad_rows(batch.rollout, rows), *padded)
 
 
 @eqx.filter_jit(donate="all-except-first")

@@ -348,8 +348,9 @@ def describe(config: Config, dataset_size: int | None = None) -> str:
     tree = dataclasses.asdict(config)
     del tree["print_config"]
     algorithm = build_algorithm(config)
-    tree["derived"] = derived(config, dataset_size) | {"algorithm": _print(algorithm)}
-    several = {"old_logprobs"} if tree["derived"]["updates_per_step"] > 1 else set()
+    numbers = derived(config, dataset_size)
+    tree["derived"] = numbers | {"algorithm": _print(algorithm)}
+    several = {"old_logprobs"} if numbers["updates_per_step"] > 1 else set()
     tree["derived"]["requires"] = sorted(algorithm.requires | several)
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=100)
 

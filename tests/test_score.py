@@ -71,7 +71,7 @@ def test_annotate_runs_what_is_required_and_nothing_else():
         micro_batch=4,
     )
     close(found.old_logprobs, eqrl.score(policy, rollout).logprobs)
-    assert found.ref_logprobs is None and found.values.shape == rollout.mask.shape
+    assert found.ref_logprobs is None and found.need("values").shape == rollout.mask.shape
     with pytest.raises(ValueError, match="`reference=`"):
         eqrl.annotate(rollout, frozenset({"ref_logprobs"}))
 

@@ -159,6 +159,7 @@ def test_sigterm_finishes_the_step_saves_and_says_so(tmp_path):
     with _start(tmp_path / "run", "--steps", "10000") as process:
         _until(process, "step     2/10000")
         process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
         output = process.stdout.read()
     assert process.returncode == 128 + signal.SIGTERM, output
     status = json.loads((tmp_path / "run/exit_status.json").read_text())

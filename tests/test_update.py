@@ -41,12 +41,12 @@ def _setup(algorithm, optimizer, dtype=jnp.float32, *, old=True):
     if old:
         shift = 0.3 * jax.random.normal(jax.random.key(1), rollout.mask.shape, dtype)
         rollout = eqrl.annotate(rollout, frozenset({"old_logprobs"}), policy=policy)
-        rollout = dataclasses.replace(rollout, old_logprobs=rollout.old_logprobs + shift)
+        rollout = dataclasses.replace(rollout, old_logprobs=rollout.need("old_logprobs") + shift)
     rollout = eqrl.annotate(
         rollout, algorithm.requires, reference=tiny_model(jax.random.key(9), dtype=dtype),
         critic=critic, micro_batch=5,
     )  # fmt: skip
-    total = jnp.sum(rollout.rewards, axis=1).astype(dtype)
+    total = jnp.sum(rollout.need("rewards"), axis=1).astype(dtype)
     signal = eqrl.outcome(total, rollout.mask)
     batch, estimators = algorithm.assign(signal, state.algorithm, rollout)
     return dataclasses.replace(state, algorithm=estimators), batch

@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
