@@ -1,7 +1,7 @@
 """The loop that every example runs: sample, reward, assign, update; evaluate, save, draw.
 
 `train(config, task)` reads top to bottom. The parts that carry an algorithm are eqrl's; what is
-here is order, files and numbers.
+here is order, files and numbers; one step is in `stepping.py`.
 """
 
 import contextlib
@@ -12,18 +12,16 @@ import pathlib
 import resource
 import signal
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import equinox as eqx
 import evaluation
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-import optax
-from config import Config, build_algorithm, build_optimizer, derived, describe, schedule
+from config import Config, build_algorithm, build_optimizer, derived, describe
+from stepping import Run, collect, learn
 from task import Task
 
 import eqrl
@@ -32,25 +30,6 @@ from eqrl.checkpoint import Checkpoints, Resume, resolve_resume
 
 
 DEMO = pathlib.Path(__file__).parent / "demo_model"
-
-
-class Run(NamedTuple):
-    """What stays the same from the first step to the last."""
-
-    config: Config
-    task: Task
-    folder: pathlib.Path
-    algorithm: eqrl.Algorithm
-    optimizer: optax.GradientTransformation
-    loaded: models.Loaded
-    tokenizer: Any
-    prompts: evaluation.Encoded
-    held_out: evaluation.Encoded
-    sampler: samplers.Sampler
-    weights: tuple[float, ...]
-    implementation: eqrl.Implementation
-    timer: tracking.StepTimer
-    console: tracking.Console
 
 
 def train(config: Config, build: Callable[[Any], Task]) -> int:
@@ -228,8 +207,8 @@ def _train(
             tracker.log(0, evaluate.full(state.policy))
         while done < steps and not stop.requested:
             with run.timer.step():
-                rollout, metrics = _collect(run, state, stream, done)
-                state, learned = _learn(run, state, rollout, done)
+                rollout, metrics = collect(run, state, stream, done)
+                state, learned = learn(run, state, rollout, done)
             done += 1
             status.step = done
             metrics |= learned | _count(run, metrics.pop("sampled"), rollout, counters, stream)
@@ -271,150 +250,6 @@ def _trackers(run: Run, first: int) -> tracking.Combined:
         folder=run.folder,
     )
     return tracking.combine(jsonl, wandb, run.console)
-
-
-def _collect(
-    run: Run, state: eqrl.TrainState, stream: data.PromptStream, step: int
-) -> tuple[eqrl.Rollout, dict[str, Any]]:
-    """A rollout with rewards; with a selection, sampled anew until enough groups are alive.
-
-    Reward and length metrics describe everything that was sampled, not only what survives.
-    """
-    sampled: list[tuple[eqrl.Rollout, rewards.Scored]] = []
-    prompts = run.config.rollout.prompts or 1
-    key = jr.fold_in(jr.key(run.config.seed), step)
-
-    def sample(round: int) -> eqrl.Rollout:
-        rows = stream.take(prompts)
-        with run.timer("rollout"):
-            tokens = [run.prompts.tokens[i] for i in rows]
-            batch = eqrl.pad_prompts(tokens, _distinct(run, rows), width=_width(run))
-            rollout = run.sampler(state.policy, batch, key=jr.fold_in(key, round))
-            jax.block_until_ready(rollout)
-        with run.timer("reward"):
-            rollout, scored = _reward(run, rollout, rows)
-        sampled.append((rollout, scored))
-        return rollout
-
-    if run.algorithm.selection is None or not run.config.algo.max_refills:
-        rollout, metrics = sample(0), {}
-    else:
-        rollout, metrics = eqrl.refill(
-            sample, run.algorithm.selection, prompts, rounds=run.config.algo.max_refills
-        )
-    return rollout, metrics | _described(run, sampled)
-
-
-def _described(run: Run, sampled: list[tuple[eqrl.Rollout, rewards.Scored]]) -> dict[str, Any]:
-    """Metrics of all rounds of a step; groups of different rounds are different groups."""
-    parts, rows = [], 0
-    for rollout, scored in sampled:
-        components = jnp.asarray(scored.components)
-        parts.append(dataclasses.replace(rollout, rewards=components, group=rollout.group + rows))
-        rows += rollout.group.shape[0]
-    whole = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    total = rewards.weighted(np.asarray(whole.rewards), run.weights)
-    found = eqrl.rollout_metrics(whole, total, rewards.reward_names(run.task.rewards))
-    return found | {
-        "reward_fn/errors": float(sum(scored.errors for _, scored in sampled)),
-        "reward_fn/timeouts": float(sum(scored.timeouts for _, scored in sampled)),
-        "sampled": float(np.asarray(whole.mask).sum()),
-    }
-
-
-def _distinct(run: Run, rows: Sequence[int]) -> list[int]:
-    """Sampling ids: a problem that comes twice in a batch is sampled anew the second time."""
-    size, seen, ids = len(run.prompts.records), Counter(), []
-    for row in rows:
-        ids.append(row + size * seen[row])
-        seen[row] += 1
-    return ids
-
-
-def _width(run: Run) -> int:
-    return max(map(len, run.prompts.tokens))
-
-
-def _reward(
-    run: Run, rollout: eqrl.Rollout, rows: Sequence[int]
-) -> tuple[eqrl.Rollout, rewards.Scored]:
-    """The raw reward components; a completion whose reward function failed trains nothing.
-
-    The rollout carries the components that have a weight: a component that is only watched must
-    not decide which groups teach something.
-    """
-    mask = np.asarray(rollout.mask)
-    texts = data.decode_completions(np.asarray(rollout.tokens), mask, run.tokenizer)
-    samples = len(texts) // len(rows)
-    records = [run.prompts.records[i] for i in rows for _ in range(samples)]
-    scored = rewards.score(run.task.rewards, texts, records, timeout=run.config.reward.timeout)
-    rollout = eqrl.apply(rollout, jnp.asarray(~scored.failed))
-    weighted = jnp.asarray(scored.components[:, np.asarray(run.weights) != 0])
-    return dataclasses.replace(rollout, rewards=weighted), scored
-
-
-def _learn(
-    run: Run, state: eqrl.TrainState, rollout: eqrl.Rollout, step: int
-) -> tuple[eqrl.TrainState, dict[str, float]]:
-    """Rewards to advantages, advantages to updates."""
-    config, algorithm = run.config, run.algorithm
-    total = rewards.weighted(np.asarray(rollout.rewards), [w for w in run.weights if w != 0])
-    metrics = {}
-    count, epochs = config.algo.minibatches or 1, config.algo.epochs or 1
-    requires = algorithm.requires | ({"old_logprobs"} if count * epochs > 1 else set())
-    options = {
-        "temperature": config.rollout.temperature,
-        "implementation": run.implementation,
-        "micro_batch": config.optim.micro_batch or None,
-    }
-    with run.timer("logp"):
-        rollout = eqrl.annotate(
-            eqrl.compact(rollout),
-            frozenset(requires),
-            policy=state.policy,
-            reference=run.loaded.model,
-            critic=state.critic,
-            **options,
-        )
-        jax.block_until_ready(rollout)
-    with run.timer("advantages"):
-        signal = eqrl.outcome(jnp.asarray(total), rollout.mask)
-        batch, estimators = _assign(algorithm, signal, state.algorithm, rollout)
-        state = dataclasses.replace(state, algorithm=estimators)
-        metrics |= eqrl.advantage_metrics(batch.advantages, batch.rollout.mask)
-        if batch.targets is not None:
-            metrics |= eqrl.value_metrics(rollout.values, batch.targets, rollout.mask)
-    with run.timer("update"):
-        rate = schedule(config, config.optim.lr or 0.0, derived(config)["updates"])
-        metrics["optim/lr"] = float(rate(state.updates))
-        updated = []
-        for epoch in range(epochs):
-            key = jr.fold_in(jr.fold_in(jr.key(config.seed + 1), step), epoch)
-            for part in eqrl.minibatches(batch, algorithm, count, key=key):
-                state, numbers = eqrl.update(state, part, algorithm, run.optimizer, **options)
-                updated.append((int(np.asarray(part.rollout.mask).sum()), numbers))
-        metrics |= _averaged(updated)
-    return state, metrics
-
-
-@eqx.filter_jit
-def _assign(algorithm, signal, state, rollout):
-    return algorithm.assign(signal, state, rollout)
-
-
-def _averaged(updates: list[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:
-    """Metrics over a step's updates: means over their tokens, except for extremes and counts."""
-    merge = {"_max": max, "_min": min, "nonfinite": max}
-    tokens = [max(count, 1) for count, _ in updates]
-    found = {}
-    for name in updates[0][1]:
-        values = [float(numbers[name]) for _, numbers in updates]
-        extreme = next((f for end, f in merge.items() if name.endswith(end)), None)
-        mean = float(np.average(values, weights=tokens))
-        found[name] = mean if extreme is None else float(extreme(values))
-    # How far sampler and trainer disagree is a fact of the rollout, not of later updates.
-    first = updates[0][1]
-    return found | {n: float(x) for n, x in first.items() if n.startswith("mismatch/")}
 
 
 def _count(
