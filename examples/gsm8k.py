@@ -65,7 +65,7 @@ def main() -> int:
     if config.print_config:
         print(describe(config), end="")
         return 0
-    if config.model == "demo":
+    if config.model == config.data.path == "demo":
         print(
             "demo: a tiny model on generated word problems; for a real one, "
             "--model Qwen/Qwen2.5-0.5B-Instruct --data.path openai/gsm8k"
