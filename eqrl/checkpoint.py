@@ -2,8 +2,7 @@
 
 `Checkpoints` keeps the training state with Orbax (extra `checkpoint`), which commits a step by
 renaming its folder: a kill in mid-save costs the step that was being saved, never an older one.
-`resolve_resume` decides what a run continues. Weights for others to read are saved by
-`eqrl.models.save`, not here.
+`resolve_resume` decides what a run continues; `eqrl.models.save` writes weights for others.
 """
 
 import contextlib
@@ -139,22 +138,27 @@ class Checkpoints:
 
     def _write(self, step: int, stored: dict[str, Any], facts: dict[str, Any]) -> None:
         ocp = _orbax()
+        if step in self.steps():
+            _remove(self.folder / str(step))
+            self.close()  # the manager remembers what it has listed
         if self._manager is None:
+            for doomed in self.folder.glob("*.dropped"):
+                shutil.rmtree(doomed, ignore_errors=True)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep,
                 cleanup_tmp_directories=True,
                 # Synchronous: `save` can then say truthfully whether the step is on disk.
                 enable_async_checkpointing=False,
             )
             self._manager = ocp.CheckpointManager(self.folder, options=options)
-        if step in self.steps():
-            self._manager.delete(step)
         # Orbax refuses an empty tree; a state without leaves still has its facts.
         items: dict[str, Any] = {"facts": ocp.args.JsonSave(facts)}
         if stored:
             items["arrays"] = ocp.args.PyTreeSave(stored)
         if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
             raise OSError("Orbax declined to save")
+        # Not by Orbax: killed halfway, its deletion leaves a step that looks complete.
+        for old in self.steps()[: -self._keep]:
+            _remove(self.folder / str(old))
 
     def _give_up(self, step: int, error: Exception) -> None:
         if not self._warned:
