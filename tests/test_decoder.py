@@ -37,7 +37,9 @@ def test_logprobs_are_the_policys_own_over_more_than_fifty_tokens():
 
 def test_untied_head_and_greedy_follow_the_argmax():
     model = tiny_model(tied=False)
-    rollout = Decoder(1, 5, (1,), temperature=0)(model, _prompts(PROMPTS[:2]), key=jax.random.key(0))
+    rollout = Decoder(1, 5, (1,), temperature=0)(
+        model, _prompts(PROMPTS[:2]), key=jax.random.key(0)
+    )
     for prompt, completion in zip(PROMPTS[:2], _texts(rollout), strict=True):
         row = list(prompt)
         for token in completion:
