@@ -186,3 +186,19 @@ def test_state_is_float32_for_bfloat16_parameters():
         assert leaf.dtype != jnp.bfloat16
     new = jax.jit(optax.apply_updates)(params, change)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(new))
+
+
+def test_narrow_weights_follow_their_float32_masters():
+    def after(transformation, steps=400, change=1e-4):
+        weight = jnp.ones((2, 2), jnp.bfloat16)
+        gradient = jnp.full((2, 2), change, jnp.bfloat16)
+        with jax.numpy_dtype_promotion("standard"):
+            state = transformation.init(weight)
+            for _ in range(steps):
+                update, state = transformation.update(gradient, state, weight)
+                weight = optax.apply_updates(weight, update)
+        return float(weight[0, 0])
+
+    assert after(optax.sgd(1.0)) == 1.0, "bfloat16 moves by so little: the test shows nothing"
+    # 400 steps of 1e-4 (as bfloat16 holds it), then one rounding to 1/256.
+    np.testing.assert_allclose(after(_optimizer.float32_state(optax.sgd(1.0))), 0.96, atol=2**-8)
