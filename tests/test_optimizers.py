@@ -197,7 +197,7 @@ def test_narrow_weights_follow_their_float32_masters():
             for _ in range(steps):
                 update, state = transformation.update(gradient, state, weight)
                 weight = optax.apply_updates(weight, update)
-        return float(weight[0, 0])
+        return float(weight[0, 0])  # pyright: ignore
 
     assert after(optax.sgd(1.0)) == 1.0, "bfloat16 moves by so little: the test shows nothing"
     # 400 steps of 1e-4 (as bfloat16 holds it), then one rounding to 1/256.
