@@ -273,6 +273,7 @@ def _extremes(scores: Scores, batch: Batch) -> dict[str, Float[Array, ""]]:
         "policy/ratio_max": over(ratio),
         "policy/ratio_min": over(-ratio),
         "mismatch/logp_abs_max": over(jnp.abs(gap)),
+        "mismatch/is_weight_max": over(jnp.exp(gap)),
     }
 
 
@@ -280,6 +281,7 @@ def _finish(sums: Metrics, extremes: dict[str, Any]) -> Metrics:
     """Ratios of means, once the means are complete."""
     metrics = dict(sums)
     mean, squared = metrics.pop("mismatch/weight"), metrics.pop("mismatch/weight_squared")
+    metrics["mismatch/is_weight_mean"] = mean
     metrics["mismatch/ess"] = mean**2 / jnp.maximum(squared, jnp.finfo(squared.dtype).tiny)
     metrics |= extremes
     return metrics | {"policy/ratio_min": -extremes["policy/ratio_min"]}
