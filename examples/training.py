@@ -1,6 +1,6 @@
 """The loop that every example runs: sample, reward, assign, update; evaluate, save, draw.
 
-`train(config, task)` reads top to bottom. The parts that carry an algorithm are eqrl's; what is
+`train(config, build)` reads top to bottom. The parts that carry an algorithm are eqrl's; what is
 here is order, files and numbers; one step is in `stepping.py`.
 """
 

@@ -28,13 +28,13 @@ TINY = [
     # Hot enough that the completions of a prompt differ.
     *("--rollout.temperature", "3"),
 ]  # fmt: skip
-# A longer vocabulary of rewards than correctness: random short texts must differ within a group.
 ALGORITHMS = [
     "reinforce", "ppo", "grpo", "rloo", "dapo", "reinforce++", "reinforce++-baseline", "dr_grpo",
 ]  # fmt: skip
 
 
 def _length(completion, example):
+    """A reward that differs between short random texts, as correctness would not."""
     return float(len(completion) % 7)
 
 
