@@ -78,7 +78,9 @@ def spell(builder: Callable, hyperparameters: dict[str, Any]) -> str:
             continue
         value = hyperparameters[name]
         default = parameter.default
-        if default is parameter.empty:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            words.extend(number(one) for one in value)
+        elif default is parameter.empty:
             keyword_only = parameter.kind is parameter.KEYWORD_ONLY
             words.append(f"{name}={number(value)}" if keyword_only else number(value))
         elif isinstance(value, jax.Array) or type(value) is not type(default) or value != default:

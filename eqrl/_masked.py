@@ -31,10 +31,15 @@ def spread(row: PerRow, mask: Mask) -> PerToken:
     return jnp.where(mask, row[:, None], jnp.zeros((), row.dtype))
 
 
+def last_token(mask: Mask) -> Mask:
+    """True on each row's last masked token."""
+    later = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
+    return mask & (later == 1)
+
+
 def on_last(row: PerRow, mask: Mask) -> PerToken:
     """The row's number on its last masked token, 0 elsewhere; empty rows stay 0."""
-    later = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
-    return spread(row, mask & (later == 1))
+    return spread(row, last_token(mask))
 
 
 def outcome(reward: PerRow, mask: Mask) -> PerToken:

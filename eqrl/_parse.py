@@ -1,4 +1,4 @@
-"""Read back the expressions that transforms, terms, weightings and selections print.
+"""Read back the expressions that transforms, terms, factors, weightings and selections print.
 
 The text is walked as a syntax tree in which only calls of known builders, `|`, `+`, `*`, `&`,
 parentheses and literals have a meaning; nothing is ever evaluated.
@@ -11,14 +11,16 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from . import _advantages, _losses
+from . import _advantages, _losses, _select
 from ._losses.base import AbstractTerm
+from ._losses.factor import AbstractFactor
+from ._losses.ratio import Ratio
 from ._losses.weighting import Weighting
-from ._select import AbstractSelection, drop_constant_groups, drop_truncated
+from ._select.base import AbstractSelection
 from ._transform import AbstractTransform
 
 
-Part = AbstractTransform | AbstractTerm | Weighting | AbstractSelection
+Part = AbstractTransform | AbstractTerm | AbstractFactor | Ratio | Weighting | AbstractSelection
 
 _OPERATORS = {
     ast.BitOr: ("|", operator.or_),
@@ -43,15 +45,14 @@ def parse(text: str, *, names: Mapping[str, Callable] | None = None) -> Part:
         names: further builders, by the name the text uses; they may replace built-in ones.
 
     Returns:
-        A transform, term, weighting or selection.
+        A transform, term, factor, ratio, weighting or selection.
 
     Raises:
         ValueError: with the reason and a caret under the place.
     """
     # One line, so that a caret under it points somewhere; YAML folds long expressions anyway.
     text = " ".join(text.split())
-    builders = _builders(_advantages) | _builders(_losses)
-    builders |= {f.__name__: f for f in (drop_constant_groups, drop_truncated)}
+    builders = _builders(_advantages) | _builders(_losses) | _builders(_select)
     reader = _Reader(text, builders | dict(names or {}))
     if len(text) > _LONGEST:
         raise ValueError(f"the expression has {len(text)} characters; write at most {_LONGEST}")
@@ -97,6 +98,10 @@ class _Reader:
                 self.unknown(node, name)
         self.refuse(node, "only calls, `|`, `+`, `*`, `&`, numbers and parentheses are allowed")
 
+    def argument(self, node: ast.expr) -> Any:
+        """A literal, or a piece: `clipped(ratio=geometric_ratio())`."""
+        return self.read(node) if isinstance(node, ast.Call | ast.BinOp) else self.literal(node)
+
     def literal(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=None | bool() | int() | float() | str()):
@@ -129,12 +134,12 @@ class _Reader:
         if name not in self.builders:
             self.unknown(node, name)
         builder = self.builders[name]
-        arguments = [self.literal(argument) for argument in node.args]
+        arguments = [self.argument(argument) for argument in node.args]
         keywords = {}
         for keyword in node.keywords:
             if keyword.arg is None:
                 self.refuse(keyword, "`**` is not allowed; write each argument out")
-            keywords[keyword.arg] = self.literal(keyword.value)
+            keywords[keyword.arg] = self.argument(keyword.value)
         try:
             inspect.signature(builder).bind(*arguments, **keywords)
         except TypeError as error:

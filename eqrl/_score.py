@@ -99,9 +99,10 @@ def annotate(
 
     Args:
         rollout: the rollout to complete.
-        requires: of `"old_logprobs"`, `"ref_logprobs"`, `"values"`: `algorithm.requires`, plus
-            `"old_logprobs"` when the rollout serves more than one update.
-        policy: gives `old_logprobs`.
+        requires: of `"old_logprobs"`, `"old_entropy"`, `"sum_pi_squared"`, `"ref_logprobs"`,
+            `"values"`: `algorithm.requires`, plus `"old_logprobs"` when the rollout serves more
+            than one update. Other names are left to whoever samples.
+        policy: gives `old_logprobs`, `old_entropy` and `sum_pi_squared`.
         reference: gives `ref_logprobs`.
         critic: gives `values`.
         temperature: the sampling temperature.
@@ -111,20 +112,20 @@ def annotate(
     Raises:
         ValueError: if the model behind a required field is missing.
     """
-    models = {"old_logprobs": policy, "ref_logprobs": reference, "values": critic}
-    names = {"old_logprobs": "policy", "ref_logprobs": "reference", "values": "critic"}
-    wanted = {name for name in models if name in requires}
-    for name in sorted(wanted):
-        if models[name] is None:
-            raise ValueError(f"`{name}` is required; pass `{names[name]}=` to `annotate`")
+    models = {"policy": policy, "reference": reference, "critic": critic}
+    wanted = tuple(sorted(_GIVEN_BY.keys() & requires))
+    for name in wanted:
+        if models[_GIVEN_BY[name]] is None:
+            raise ValueError(f"`{name}` is required; pass `{_GIVEN_BY[name]}=` to `annotate`")
     if not wanted:
         return rollout
     rows = rollout.tokens.shape[0]
     parts, padded_rows = parts_of(rows, micro_batch)
     padded = pad_rows(rollout, padded_rows)
     found = _annotate(
-        {name: models[name] for name in wanted},
+        {name: models[name] for name in {_GIVEN_BY[field] for field in wanted}},
         padded,
+        wanted,
         temperature,
         implementation,
         parts,
@@ -139,22 +140,38 @@ def annotate(
     )
 
 
+_GIVEN_BY = {
+    "old_logprobs": "policy",
+    "old_entropy": "policy",
+    "sum_pi_squared": "policy",
+    "ref_logprobs": "reference",
+    "values": "critic",
+}
+
+
 @eqx.filter_jit
-def _annotate(models, rollout, temperature, implementation, parts, buffer):
+def _annotate(models, rollout, wanted, temperature, implementation, parts, buffer):
+    def scored(model, part: Rollout, temperature) -> Scores:
+        return score(
+            model, part, temperature=temperature, implementation=implementation, buffer=buffer
+        )
+
     def one(part: Rollout):
-        out = {}
-        for name, model in models.items():
-            if name == "values":
-                out[name] = jnp.where(part.mask, model(part.tokens, part.positions), 0)
-            else:
-                out[name] = score(
-                    model,
-                    part,
-                    temperature=temperature,
-                    implementation=implementation,
-                    buffer=buffer,
-                ).logprobs
-        return out
+        found = {}
+        if "reference" in models:
+            found["ref_logprobs"] = scored(models["reference"], part, temperature).logprobs
+        if "critic" in models:
+            values = models["critic"](part.tokens, part.positions)
+            found["values"] = jnp.where(part.mask, values, 0)
+        if "policy" in models:
+            old = scored(models["policy"], part, temperature)
+            found |= {"old_logprobs": old.logprobs, "old_entropy": old.entropy}
+        if "sum_pi_squared" in wanted:
+            # log sum pi^2 = log Z(T/2) - 2 log Z(T), and either log Z is a logit minus a log-prob.
+            sharp = scored(models["policy"], part, 0.5 * temperature).logprobs
+            squared = jnp.exp(2 * found["old_logprobs"] - sharp)
+            found["sum_pi_squared"] = jnp.where(part.mask, squared, 0)
+        return {name: found[name] for name in wanted}
 
     found = lax.map(one, split(rollout, parts))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)

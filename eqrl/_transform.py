@@ -30,6 +30,10 @@ class AbstractTransform(eqx.Module, Generic[_State]):
             to it, or accumulates rewards over the row.
         spreads: True if its output is no longer a reward but a value repeated over tokens, or a
             return; a total of it means nothing, so nothing that reads totals may follow.
+        gathers: True if it makes a score per completion out of a spread signal, so that what
+            reads totals may follow again.
+        starts: True if it begins anew, from `rollout.rewards`, and discards the signal it is
+            given; nothing may stand before it in a chain.
         min_group: the least number of completions of one prompt that it can learn from. Chains
             take the largest; `check_groups` refuses a run that samples fewer.
     """
@@ -37,6 +41,8 @@ class AbstractTransform(eqx.Module, Generic[_State]):
     requires: ClassVar[frozenset[str]] = frozenset()
     reads_total: ClassVar[bool] = False
     spreads: ClassVar[bool] = False
+    gathers: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
     min_group: ClassVar[int] = 1
 
     @abc.abstractmethod
@@ -101,14 +107,21 @@ class Chain(AbstractTransform[tuple]):
 
     def __check_init__(self):
         spread_by = None
-        for link in self.links:
-            if link.reads_total and spread_by is not None:
+        for place, link in enumerate(self.links):
+            if link.starts and place:
+                raise ValueError(
+                    f"`{link!r}` starts from the raw reward components, so "
+                    f"`{self.links[place - 1]!r}` before it would have no effect; put "
+                    f"`{link!r}` first"
+                )
+            if link.reads_total and not link.starts and spread_by is not None:
                 raise ValueError(
                     f"`{link!r}` reads each completion's total reward, but `{spread_by!r}` "
                     "before it has already spread the signal over tokens; put "
-                    f"`{link!r}` first, or normalise tokens with `whiten()`"
+                    f"`{link!r}` first, or `as_score()` between the two, or normalise tokens with "
+                    "`whiten()`"
                 )
-            spread_by = link if link.spreads else spread_by
+            spread_by = link if link.spreads else None if link.gathers else spread_by
 
     @property
     def requires(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -121,7 +134,18 @@ class Chain(AbstractTransform[tuple]):
 
     @property
     def spreads(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return any(link.spreads for link in self.links)
+        spread = False
+        for link in self.links:
+            spread = (spread or link.spreads) and not link.gathers
+        return spread
+
+    @property
+    def gathers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self.spreads and any(link.gathers for link in self.links)
+
+    @property
+    def starts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return bool(self.links) and self.links[0].starts
 
     @property
     def min_group(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -168,6 +192,15 @@ class Sum(AbstractTransform[tuple]):
         return self.left.spreads or self.right.spreads
 
     @property
+    def gathers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.left.gathers and self.right.gathers
+
+    @property
+    def starts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # What stands before a sum with one such part is still read by the other part.
+        return self.left.starts and self.right.starts
+
+    @property
     def min_group(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return max(self.left.min_group, self.right.min_group)
 
@@ -206,6 +239,14 @@ class Scaled(AbstractTransform[_State]):
         return self.transform.spreads
 
     @property
+    def gathers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.transform.gathers
+
+    @property
+    def starts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.transform.starts
+
+    @property
     def min_group(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.transform.min_group
 
@@ -235,6 +276,8 @@ class Stateless(AbstractTransform[None]):
     requires: frozenset[str] = eqx.field(static=True)  # pyright: ignore
     reads_total: bool = eqx.field(static=True)  # pyright: ignore
     spreads: bool = eqx.field(static=True)  # pyright: ignore
+    gathers: bool = eqx.field(static=True)  # pyright: ignore
+    starts: bool = eqx.field(static=True)  # pyright: ignore
     min_group: int = eqx.field(static=True)  # pyright: ignore
 
     def init(self) -> None:
@@ -256,6 +299,8 @@ def stateless(
     requires: tuple[str, ...] = (),
     reads_total: bool = False,
     spreads: bool = False,
+    gathers: bool = False,
+    starts: bool = False,
     min_group: int = 1,
     **hyperparameters: Any,
 ) -> Stateless:
@@ -274,6 +319,8 @@ def stateless(
         requires: optional `Rollout` fields that `fn` reads.
         reads_total: see `AbstractTransform`.
         spreads: see `AbstractTransform`.
+        gathers: see `AbstractTransform`.
+        starts: see `AbstractTransform`.
         min_group: see `AbstractTransform`.
         **hyperparameters: passed to `fn` by keyword.
 
@@ -285,6 +332,8 @@ def stateless(
         requires=frozenset(requires),
         reads_total=reads_total,
         spreads=spreads,
+        gathers=gathers,
+        starts=starts,
         min_group=min_group,
     )
 

@@ -18,7 +18,7 @@ from typing import TypeAlias
 import equinox as eqx
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 
 Tokens: TypeAlias = Int[Array, "batch time"]
@@ -54,6 +54,10 @@ class Rollout(eqx.Module):
         ref_logprobs: log-probs under the frozen reference policy, if something requires them.
         values: the critic's predictions at sampling time, if something requires them.
         version: the update count of the policy that sampled each row.
+        old_entropy: entropy in nats of the distribution that each token was drawn from, under the
+            policy that sampled, with the trainer's own numerics.
+        sum_pi_squared: sum over the vocabulary of the squared probabilities of that distribution.
+        greedy_rewards: total reward of a greedy completion of each row's prompt.
     """
 
     tokens: Tokens
@@ -67,14 +71,20 @@ class Rollout(eqx.Module):
     ref_logprobs: PerToken | None = None
     values: PerToken | None = None
     version: Int[Array, " batch"] | None = None
+    old_entropy: PerToken | None = None
+    sum_pi_squared: PerToken | None = None
+    greedy_rewards: PerRow | None = None
 
-    def need(self, field: str) -> Float[Array, "batch _"]:
+    def need(self, field: str) -> Shaped[Array, "batch *rest"]:
         """The optional field `field`, or a `ValueError` that names it and its remedy."""
         value = getattr(self, field)
         if value is None:
+            filled = "store it when sampling"
+            if field in ("old_logprobs", "old_entropy", "sum_pi_squared", "ref_logprobs", "values"):
+                filled = "fill it with `eqrl.annotate(...)`"
             raise ValueError(
-                f"this algorithm reads `rollout.{field}`, which is None; fill it with "
-                f"`eqrl.annotate(...)` or choose a part that does not require {field!r}"
+                f"this algorithm reads `rollout.{field}`, which is None; {filled} or choose a part "
+                f"that does not require {field!r}"
             )
         return value
 
@@ -90,6 +100,8 @@ class Batch(eqx.Module):
         share: `mask / sum(mask)` over the same rows, so `sum(share * x)` is this part's exact
             contribution to the token mean of `x`.
         targets: value targets (returns), if the algorithm trains a critic.
+        prepared: what the objective computed once on all rows of the rollout, for its terms to
+            read back: a tree of arrays `[batch time]` in the shape of the objective.
     """
 
     rollout: Rollout
@@ -97,6 +109,7 @@ class Batch(eqx.Module):
     weights: PerToken
     share: PerToken
     targets: PerToken | None = None
+    prepared: PyTree = None
 
     def mean(self, x: Shaped[Array, "batch time"]) -> Float[Array, ""]:
         """This part's contribution to the token mean of `x`; contributions of parts add up."""

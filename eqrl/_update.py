@@ -153,7 +153,7 @@ def minibatches(
 
 def _pad_batch(batch: Batch, rows: int) -> Batch:
     missing = rows - batch.weights.shape[0]
-    arrays = (batch.advantages, batch.weights, batch.share, batch.targets)
+    arrays = (batch.advantages, batch.weights, batch.share, batch.targets, batch.prepared)
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, missing), (0, 0)]), arrays)
     return Batch(pad_rows(batch.rollout, rows), *padded)
 

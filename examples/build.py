@@ -1,15 +1,24 @@
 """Where a name on the command line becomes a piece of eqrl, and nowhere else."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import importlib.util
+import inspect
+import pathlib
+import sys
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import equinox as eqx
 import optax
 from options import Config, Optim
 
 from eqrl import _optimizer, algorithms
 from eqrl._losses.base import AbstractTerm
+from eqrl._losses.weighting import Weighting
 from eqrl._parse import parse as parse_expression
+from eqrl._select.base import AbstractSelection
 from eqrl._transform import AbstractTransform
 
 
@@ -17,25 +26,31 @@ def build_algorithm(config: Config) -> algorithms.Algorithm:
     """The named algorithm, with the expressions of the command line put into it.
 
     Args:
-        config: its `algo` and `rollout` groups are read.
+        config: its `algo`, `rollout`, `reward` and `plugins` are read.
 
     Raises:
         ValueError: if `--algo.kl` is given to an algorithm without one, or an expression does
             not read.
     """
     algorithm = _named(config)
-    kinds = {"advantage": AbstractTransform, "objective": AbstractTerm}
+    kinds = {
+        "advantage": AbstractTransform,
+        "objective": AbstractTerm,
+        "weighting": Weighting,
+        "selection": AbstractSelection,
+    }
+    names = plugin_builders(config.plugins)
     for part, kind in kinds.items():
         expression = getattr(config.algo, part)
         if expression is not None:
-            piece = _read(f"--algo.{part}", expression, kind)
+            piece = _read(f"--algo.{part}", expression, kind, names)
             algorithm = dataclasses.replace(algorithm, **{part: piece})
     return algorithm
 
 
-def _read(flag: str, expression: str, kind: type) -> Any:
+def _read(flag: str, expression: str, kind: type, names: Mapping[str, Callable]) -> Any:
     try:
-        piece = parse_expression(expression)
+        piece = parse_expression(expression, names=names)
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
     if not isinstance(piece, kind):
@@ -43,32 +58,77 @@ def _read(flag: str, expression: str, kind: type) -> Any:
     return piece
 
 
+@functools.cache
+def plugin_builders(plugins: tuple[str, ...]) -> dict[str, Callable]:
+    """The public functions and pieces of each plugin, by name; later plugins win.
+
+    Args:
+        plugins: modules as `import` names them (from the working directory too), or .py files.
+
+    Raises:
+        ValueError: naming a plugin that cannot be imported, and why.
+    """
+    found = {}
+    for plugin in plugins:
+        try:
+            module = _import(plugin)
+        except Exception as error:  # whatever a user's module raises, it is one sentence here
+            raise ValueError(f"--plugins {plugin}: {type(error).__name__}: {error}") from None
+        found |= {
+            name: x
+            for name, x in vars(module).items()
+            if (inspect.isfunction(x) or (inspect.isclass(x) and issubclass(x, eqx.Module)))
+            and x.__module__ == module.__name__
+            and not name.startswith("_")
+        }
+    return found
+
+
+def _import(plugin: str) -> types.ModuleType:
+    if not plugin.endswith(".py"):
+        sys.path.insert(0, str(pathlib.Path.cwd()))
+        try:
+            return importlib.import_module(plugin)
+        finally:
+            sys.path.pop(0)
+    path = pathlib.Path(plugin)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+# What takes a KL coefficient, what takes the completion limit, and what takes neither.
+_WITH_KL = {
+    "grpo": algorithms.grpo,
+    "ppo": algorithms.ppo,
+    "reinforce++": algorithms.reinforce_pp,
+    "reinforce++-baseline": algorithms.reinforce_pp_baseline,
+    "remax": algorithms.remax,
+    "rloo": algorithms.rloo,
+}
+_WITH_LIMIT = {"dapo": algorithms.dapo, "dr_grpo": algorithms.dr_grpo}
+
+
 def _named(config: Config) -> algorithms.Algorithm:
-    name, kl, max_tokens = config.algo.name, config.algo.kl, config.rollout.max_tokens
-    own: dict[str, Any] = {} if kl is None else {"kl": kl}
-    match name:
-        case "grpo":
-            return algorithms.grpo(**own)
-        case "rloo":
-            return algorithms.rloo(**own)
-        case "ppo":
-            return algorithms.ppo(**own)
-        case "reinforce++":
-            return algorithms.reinforce_pp(**own)
-        case "reinforce++-baseline":
-            return algorithms.reinforce_pp_baseline(**own)
+    name, kl = config.algo.name, config.algo.kl
+    if name in _WITH_KL:
+        return _WITH_KL[name]() if kl is None else _WITH_KL[name](kl=kl)
     if kl is not None:
         raise ValueError(
             f"--algo.kl has no effect: {name} has no KL term; leave it out, or write one into "
             "--algo.objective"
         )
+    if name in _WITH_LIMIT:
+        return _WITH_LIMIT[name](max_tokens=config.rollout.max_tokens)
     match name:
-        case "reinforce":
-            return algorithms.reinforce()
-        case "dapo":
-            return algorithms.dapo(max_tokens=max_tokens)
-        case "dr_grpo":
-            return algorithms.dr_grpo(max_tokens=max_tokens)
+        case "gdpo":  # components without a weight do not reach an algorithm
+            return algorithms.gdpo(*(w for w in config.reward.weights if w != 0))
+        case "pkpo":  # half of the samples: a group then says something of k attempts
+            return algorithms.pkpo(max(2, (config.rollout.samples or 2) // 2))
+    return getattr(algorithms, name)()
 
 
 def build_optimizer(config: Config, updates: int) -> optax.GradientTransformation:

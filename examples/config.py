@@ -173,8 +173,8 @@ def _fill(config: AnyConfig) -> AnyConfig:
         run_dir=_or(config.run_dir, f"runs/{time}-{name}"),
         algo=_filled(
             config.algo,
-            epochs=2 if name == "ppo" else 1,
-            minibatches=4 if name == "ppo" else 1,
+            epochs=2 if name in ("ppo", "vapo") else 1,
+            minibatches=4 if name in ("ppo", "vapo") else 1,
             max_refills=3 if name == "dapo" else None,
         ),
         data=_filled(config.data, eval_split="held_out" if config.data.path == "demo" else "test"),

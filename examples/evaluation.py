@@ -101,7 +101,7 @@ class Evaluator:
         correct = verdict[:, 1].reshape(len(chosen), -1)
         samples = correct.shape[1]
         for k in {2**i for i in range(samples.bit_length())} | {samples}:
-            found[f"{prefix}/pass@{k}"] = eqrl.pass_at_k(correct, k)
+            found[f"{prefix}/pass@{k}"] = eqrl.estimate_pass_at_k(correct, k)
         return found | {f"time/{prefix}": time.perf_counter() - start}
 
     def _complete(self, policy: models.Transformer, chosen: Sequence[int]):

@@ -24,8 +24,10 @@ else:
     OpenText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
 
 AlgorithmName = Literal[
-    "reinforce", "ppo", "grpo", "rloo", "dapo", "reinforce++", "reinforce++-baseline", "dr_grpo"
-]
+    "reinforce", "ppo", "grpo", "rloo", "dapo", "reinforce++", "reinforce++-baseline", "dr_grpo",
+    "cispo", "clip_cov", "dppo", "gdpo", "gmpo", "gpg", "gspo", "kl_cov", "lite_ppo", "luspo",
+    "m2po", "max_rl", "opo", "pkpo", "remax", "sapo", "vapo", "vespo",
+]  # fmt: skip
 
 
 # What is learned from a batch.
@@ -36,7 +38,11 @@ class Algo:
     advantage: OpenText = None
     """another advantage, e.g. "rloo() | whiten() | clip(5.0)\""""
     objective: OpenText = None
-    """another objective, e.g. "clipped(0.2, 0.28)\""""
+    """another objective, e.g. "tis(2.0) * clipped(0.2, 0.28)\""""
+    weighting: OpenText = None
+    """another reduction, e.g. "token_mean()\""""
+    selection: OpenText = None
+    """another selection, e.g. "drop_truncated()\""""
     kl: OpenNumber = None
     """KL coefficient (default: the algorithm's own)"""
     epochs: OpenCount = None
@@ -165,6 +171,8 @@ class Config:
     """of parameters and matrix products"""
     policy_loss_impl: Literal["reference", "chunked", "jax", "auto"] = "auto"
     """log-prob kernel; jax = chunked"""
+    plugins: tuple[str, ...] = ()
+    """modules or .py files whose functions the expressions may call"""
     print_config: bool = False
     """print everything resolved and derived, and stop"""
     algo: Algo = Algo()

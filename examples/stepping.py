@@ -59,7 +59,11 @@ def collect(
             jax.block_until_ready(rollout)
         with run.timer("reward"):
             rollout, scored = _reward(run, rollout, rows)
+        version = jnp.full(rollout.group.shape, state.updates, jnp.int32)
+        rollout = dataclasses.replace(rollout, version=version)
         sampled.append((rollout, scored))
+        if "greedy_rewards" in run.algorithm.requires:
+            rollout = _with_greedy(run, state, rollout, batch, rows)
         return rollout
 
     if run.algorithm.selection is None or not run.config.algo.max_refills:
@@ -69,6 +73,30 @@ def collect(
             sample, run.algorithm.selection, prompts, rounds=run.config.algo.max_refills
         )
     return rollout, metrics | _described(run, sampled)
+
+
+def _with_greedy(
+    run: Run,
+    state: eqrl.TrainState,
+    rollout: eqrl.Rollout,
+    batch: eqrl.Prompts,
+    rows: Sequence[int],
+) -> eqrl.Rollout:
+    """The rollout with the reward of one greedy completion per prompt, on all rows of the prompt.
+
+    Where that reward failed there is no baseline, and the prompt trains nothing.
+    """
+    with run.timer("rollout"):
+        best = dataclasses.replace(run.sampler, samples=1, temperature=0.0)  # type: ignore
+        greedy = best(state.policy, batch, key=jr.key(0))
+        jax.block_until_ready(greedy)
+    with run.timer("reward"):
+        greedy, _ = _reward(run, greedy, rows)
+    total = rewards.weighted(np.asarray(greedy.rewards), [w for w in run.weights if w != 0])
+    samples = rollout.group.shape[0] // len(rows)
+    known = np.repeat(np.asarray(greedy.mask).any(axis=1), samples)
+    baseline = jnp.asarray(np.repeat(np.where(np.isfinite(total), total, 0), samples))
+    return dataclasses.replace(eqrl.apply(rollout, jnp.asarray(known)), greedy_rewards=baseline)
 
 
 def _described(run: Run, sampled: list[tuple[eqrl.Rollout, rewards.Scored]]) -> dict[str, Any]:

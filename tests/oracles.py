@@ -35,8 +35,20 @@ def world(seed: int = 0, *, dtype=None) -> tuple[jnp.ndarray, Rollout]:
         old_logprobs=logprobs + real(0.1),
         ref_logprobs=logprobs + real(0.5),
         values=real(1.0),
+        **_extras(seed, rows, time, dtype),
     )
     return real(1.0), rollout
+
+
+def _extras(seed, rows, time, dtype):
+    """Further fields, from numbers of their own: the others stay what they were."""
+    rng = np.random.default_rng(seed + 2000)
+    return {
+        "version": jnp.asarray(rng.integers(0, 5, rows), jnp.int32),
+        "old_entropy": jnp.asarray(rng.random((rows, time)), dtype),
+        "sum_pi_squared": jnp.asarray(rng.random((rows, time)), dtype),
+        "greedy_rewards": jnp.asarray(rng.standard_normal(rows), dtype),
+    }
 
 
 def loss_world(seed: int = 0, *, dtype=None) -> tuple[Scores, Batch]:

@@ -10,7 +10,8 @@ import oracles
 import pytest
 
 from eqrl import _advantages as signals, _losses as losses, algorithms
-from eqrl._select import apply, drop_constant_groups
+from eqrl._select import drop_constant_groups
+from eqrl._select.base import apply
 from eqrl._types import Batch, Scores
 from eqrl.algorithms import Algorithm
 

@@ -14,7 +14,10 @@ from eqrl import algorithms
 
 
 NAMES = ("reinforce", "ppo", "grpo", "rloo", "dapo", "reinforce++", "reinforce++-baseline")
-ALL = (*NAMES, "dr_grpo")
+ALL = (
+    *NAMES, "dr_grpo", "cispo", "clip_cov", "dppo", "gdpo", "gmpo", "gpg", "gspo", "kl_cov",
+    "lite_ppo", "luspo", "m2po", "max_rl", "opo", "pkpo", "remax", "sapo", "vapo", "vespo",
+)  # fmt: skip
 
 
 def _run(root, *words, **environment):
@@ -88,8 +91,10 @@ def test_choosing_a_name_chooses_the_algorithm(name):
         "reinforce++": algorithms.reinforce_pp(),
         "reinforce++-baseline": algorithms.reinforce_pp_baseline(),
         "dr_grpo": algorithms.dr_grpo(max_tokens=64),
+        "pkpo": algorithms.pkpo(4),  # half of the demo's eight samples
     }
-    assert repr(algorithm) == repr(expected[name])
+    build = expected.get(name) or getattr(algorithms, name)()
+    assert repr(algorithm) == repr(build)
 
 
 def test_no_two_names_build_the_same_algorithm():
@@ -116,6 +121,69 @@ def test_expressions_replace_parts_and_print_back():
     described = yaml.safe_load(cli.describe(chosen))
     assert described["algo"]["advantage"] == "rloo() | whiten() | clip(5.0)"
     assert described["derived"]["algorithm"]["objective"] == repr(algorithm.objective)
+
+
+def test_weighting_and_selection_are_expressions_too(capsys):
+    words = ["--algo.weighting", "constant_length(64)"]
+    words += ["--algo.selection", "drop_constant_groups() & drop_truncated()"]
+    algorithm = build_algorithm(cli.parse(words))
+    assert repr(algorithm.weighting) == "constant_length(64)"
+    assert repr(algorithm.selection) == "drop_constant_groups() & drop_truncated()"
+    assert "its own flag" in refused(capsys, "--algo.weighting", "rloo()")
+    assert "its own flag" in refused(capsys, "--algo.selection", "token_mean()")
+
+
+def test_gdpo_takes_the_weights_of_the_rewards():
+    chosen = cli.parse(["--algo.name", "gdpo", "--reward.weights", "1", "0", "0.25"])
+    assert repr(build_algorithm(chosen).advantage) == "gdpo(1.0, 0.25) | batch_norm()"
+
+
+PLUGIN = """
+import equinox as eqx
+import jax.numpy as jnp
+import eqrl
+
+def doubled(factor=2.0):
+    return eqrl.stateless(_doubled, builder=doubled, factor=factor)
+
+def _doubled(signal, rollout, *, factor):
+    return factor * signal
+
+class nothing(eqrl.AbstractTransform):
+    def init(self):
+        return None
+
+    def update(self, signal, state, rollout):
+        return signal, state
+"""
+
+
+def test_plugins_bring_their_pieces_by_file_and_by_module(tmp_path, monkeypatch):
+    (tmp_path / "of_mine.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    text = "doubled(factor=3.0) | nothing() | rloo()"
+    for plugin in ("of_mine.py", str(tmp_path / "of_mine.py"), "of_mine"):
+        chosen = cli.parse(["--plugins", plugin, "--algo.advantage", text])
+        algorithm = build_algorithm(chosen)
+        assert repr(algorithm.advantage) == text
+        # What a run logs can be run again.
+        file = tmp_path / "run.yaml"
+        file.write_text(cli.describe(chosen))
+        assert cli.parse(["--config", str(file)]) == chosen
+
+
+def test_a_plugin_that_does_not_load_is_one_sentence(tmp_path, capsys):
+    broken = tmp_path / "broken.py"
+    broken.write_text("1 / 0")
+    assert "ZeroDivisionError" in refused(capsys, "--plugins", str(broken))
+    assert "no_such_module" in refused(capsys, "--plugins", "no_such_module")
+    assert "FileNotFoundError" in refused(capsys, "--plugins", "nowhere.py")
+    # Only what the module itself defines: `eqx` and `_doubled` are no builders.
+    own = tmp_path / "own.py"
+    own.write_text(PLUGIN)
+    for name in ("_doubled", "eqx"):
+        words = ("--plugins", str(own), "--algo.advantage", f"{name}()")
+        assert f"there is no `{name}`" in refused(capsys, *words)
 
 
 def test_what_print_config_writes_can_be_run(tmp_path):

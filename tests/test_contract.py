@@ -1,79 +1,21 @@
 """What every transform, term and weighting promises, whatever it computes. One row a member."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from members_factors import FACTORS, TERM_OPTIONS
+from members_terms import RATIOS, TERMS, WEIGHTINGS
+from members_transforms import TRANSFORMS
 
 from eqrl import _advantages as signals, _losses as losses
 from eqrl._parse import parse
 from eqrl._types import Batch, Rollout, Scores
 
 
-class Member(NamedTuple):
-    builder: Callable
-    arguments: dict[str, Any] = {}
-    vary: dict[str, Any] = {}  # numeric hyperparameters with a second legal value
-    constant_is_zero: bool = False  # equal scores give exactly 0
-
-    def build(self, **others):
-        return self.builder(**(self.arguments | others))
-
-    def __repr__(self):
-        return repr(self.build())
-
-
-TRANSFORMS = [
-    Member(signals.group_norm, {}, {"eps": 0.1}, True),
-    Member(signals.group_norm, {"ddof": 0, "eps": 0}, {"ddof": 1}, True),
-    Member(signals.group_center, constant_is_zero=True),
-    Member(signals.rloo, constant_is_zero=True),
-    Member(signals.batch_norm, {}, {"eps": 0.1}, True),
-    Member(signals.batch_norm, {"ddof": 0, "eps": 0}, {"ddof": 1}, True),
-    Member(signals.batch_center, constant_is_zero=True),
-    Member(signals.whiten, {}, {"eps": 0.1}),
-    Member(signals.whiten, {"ddof": 0, "eps": 0}, {"ddof": 1}),
-    Member(signals.returns, {}, {"gamma": 0.9}),
-    Member(signals.returns, {"gamma": 0.0}),
-    Member(signals.gae, {}, {"gamma": 0.9, "lam": 0.5}),
-    Member(signals.gae, {"gamma": 0, "lam": 0}),
-    Member(signals.add_values),
-    Member(signals.kl_penalty, {"coef": 0.1}, {"coef": 0.2}),
-    Member(signals.kl_penalty, {"coef": 0.1, "estimator": "k2"}, {"coef": 0.2}),
-    Member(signals.kl_penalty, {"coef": 0.1, "estimator": "k3"}, {"coef": 0.2}),
-    Member(
-        signals.overlong,
-        {"max_tokens": 6, "buffer": 4},
-        {"max_tokens": 5, "buffer": 2, "penalty": 3.0},
-    ),
-    Member(signals.clip, {"limit": 0.5}, {"limit": 1.0}),
-    Member(signals.scale, {"factor": -2.0}, {"factor": 0.5}),
-    Member(signals.shift, {"offset": -2.0}, {"offset": 0.5}),
-    Member(signals.ema_baseline, {}, {"decay": 0.5}),
-]
-TERMS = [
-    Member(losses.clipped, {}, {"low": 0.1, "high": 0.3}),
-    Member(losses.clipped, {"high": 0.28, "dual": 1.1}, {"dual": 3.0}),
-    Member(losses.clipped, {"low": 0, "high": 0}),
-    Member(losses.reinforce),
-    Member(losses.kl),
-    Member(losses.kl, {"estimator": "k1"}),
-    Member(losses.kl, {"estimator": "k2"}),
-    Member(losses.entropy_bonus),
-    Member(losses.value_loss, {}, {"clip": 0.5}),
-    Member(losses.value_loss, {"clip": None}),
-]
-WEIGHTINGS = [
-    Member(losses.token_mean),
-    Member(losses.sequence_mean),
-    Member(losses.sequence_sum),
-    Member(losses.constant_length, {"length": 6}, {"length": 3.0}),
-]
 transforms = pytest.mark.parametrize("member", TRANSFORMS, ids=repr)
 terms = pytest.mark.parametrize("member", TERMS, ids=repr)
 weightings = pytest.mark.parametrize("member", WEIGHTINGS, ids=repr)
@@ -98,15 +40,27 @@ def per_token(tree, change):
     return jax.tree.map(lambda x: change(x) if floating(x) else x, tree)
 
 
+def per_row(tree, change):
+    """`change` on every float leaf `[batch]` or `[batch, component]`."""
+    floating = lambda x: x.shape[1:] in ((), (2,)) and jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda x: change(x) if x.ndim and floating(x) else x, tree)
+
+
 def poison(tree, mask):
-    """NaN, infinity or minus infinity on every unmasked position of every float array."""
+    """NaN or an infinity on every unmasked position, NaN on empty rows, of every float array."""
     poisons = np.resize([np.nan, np.inf, -np.inf], mask.shape)
-    return per_token(tree, lambda x: jnp.asarray(np.where(mask, x, poisons), x.dtype))
+    tree = per_token(tree, lambda x: jnp.asarray(np.where(mask, x, poisons), x.dtype))
+    return per_row(tree, lambda x: jnp.where(mask.any(axis=1), x.T, jnp.nan).T.astype(x.dtype))
 
 
 def pad(x, fill):
     """Two columns and three rows of `fill` more."""
     return jnp.asarray(np.pad(x, [(0, 3), (0, 2)][: x.ndim], constant_values=fill))
+
+
+def pad_rows(x, fill):
+    """Three rows of `fill` more."""
+    return jnp.asarray(np.pad(x, [(0, 3), (0, 0)][: x.ndim], constant_values=fill))
 
 
 def padded(rollout: Rollout) -> Rollout:
@@ -118,7 +72,9 @@ def padded(rollout: Rollout) -> Rollout:
         positions=pad(rollout.positions, -1),
         group=pad(rollout.group, 1),
         truncated=pad(rollout.truncated, False),
-        rewards=jnp.asarray(np.pad(rollout.need("rewards"), [(0, 3), (0, 0)])),
+        rewards=pad_rows(rollout.need("rewards"), jnp.nan),
+        greedy_rewards=pad_rows(rollout.need("greedy_rewards"), jnp.nan),
+        version=pad_rows(rollout.need("version"), 0),
     )
 
 
@@ -237,6 +193,7 @@ def test_equal_scores_give_exactly_zero(member):
     compiled, nothing = jax.jit(run), np.zeros((15, 8), np.float32)
     for score in (7.41, 0.1, -3.3, 1e-3, 2e6):
         signal = jnp.zeros((15, 8), jnp.float32).at[:, 4].set(score)
+        fifteen = dataclasses.replace(fifteen, rewards=jnp.full((15, 2), score, jnp.float32))
         for function in (run, compiled):
             np.testing.assert_array_equal(function(member.build(), signal, fifteen), nothing)
 
@@ -253,7 +210,7 @@ def test_transform_state_keeps_its_structure(member):
         assert jax.tree.leaves(after) == jax.tree.leaves(state)  # shapes and types
 
 
-@pytest.mark.parametrize("member", TRANSFORMS + TERMS + WEIGHTINGS, ids=repr)
+@pytest.mark.parametrize("member", TRANSFORMS + TERMS + RATIOS + WEIGHTINGS, ids=repr)
 def test_member_prints_as_what_builds_it(member):
     piece = member.build()
     assert parse(repr(piece)) == piece
@@ -268,13 +225,19 @@ def test_every_member_has_a_row_and_a_source():
         for name, x in vars(module).items()
         if callable(x) and not name.startswith("_")
     }
-    assert public == {m.builder for m in TRANSFORMS + TERMS + WEIGHTINGS}
+    rows = TRANSFORMS + TERMS + FACTORS + RATIOS + WEIGHTINGS
+    assert public == {m.builder for m in rows}
     for builder in public:
         words = builder.__doc__ or ""
         assert "Source:" in words or "Returns:" in words, builder
 
 
 # --- terms ----------------------------------------------------------------------------------------
+
+
+def ready(term, batch: Batch) -> Batch:
+    """The whole batch after the term has prepared it, as `Algorithm.assign` does."""
+    return dataclasses.replace(batch, prepared=term.prepare(batch, term.init())[0])
 
 
 def loss_of(term, scores: Scores, batch: Batch):
@@ -285,10 +248,15 @@ def loss_of(term, scores: Scores, batch: Batch):
 graded = jax.jit(jax.grad(loss_of, argnums=1, has_aux=True))
 
 
+def assessed(term, scores: Scores, batch: Batch):
+    """Gradient, value and metrics of a whole batch."""
+    return graded(term, scores, ready(term, batch))
+
+
 @terms
 def test_term_keeps_shape_dtype_and_unmasked_zeros(member):
     scores, batch = oracles.loss_world(dtype=jnp.float32)
-    _, (value, metrics) = graded(member.build(), scores, batch)
+    _, (value, metrics) = assessed(member.build(), scores, batch)
     assert (value.shape, value.dtype) == (scores.logprobs.shape, jnp.float32)
     assert np.all(np.asarray(value)[~np.asarray(batch.rollout.mask)] == 0)
     assert all(x.shape == () and x.dtype == jnp.float32 for x in metrics.values())
@@ -297,7 +265,8 @@ def test_term_keeps_shape_dtype_and_unmasked_zeros(member):
 @terms
 def test_term_keeps_float32_in_x64(member, x64):
     scores, batch = oracles.loss_world(dtype=jnp.float32)
-    found = jax.eval_shape(lambda: member.build()(scores, batch))
+    term = member.build()
+    found = jax.eval_shape(lambda: term(scores, ready(term, batch)))
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
@@ -305,6 +274,8 @@ def test_term_keeps_float32_in_x64(member, x64):
 def test_term_jit_equals_eager(member, x64):
     scores, batch = oracles.loss_world()
     term = member.build()
+    batch = ready(term, batch)
+    jax.tree.map(same, jax.jit(ready)(term, batch), batch)
     _, found = graded(term, scores, batch)
     jax.tree.map(same, found, term(scores, batch))
 
@@ -313,7 +284,11 @@ def test_term_jit_equals_eager(member, x64):
 def test_term_vmaps_over_hyperparameters(member, name, other, x64):
     scores, batch = oracles.loss_world()
     first = member.build().lifted.hyperparameters[name]
-    value_of = lambda x: member.build(**{name: x})(scores, batch)[0]  # noqa: E731
+
+    def value_of(x):
+        term = member.build(**{name: x})
+        return term(scores, ready(term, batch))[0]
+
     both = jax.jit(jax.vmap(value_of))(jnp.asarray([first, other], float))
     same(both, np.stack([value_of(first), value_of(other)]))
     assert not np.allclose(both[0], both[1])
@@ -322,11 +297,13 @@ def test_term_vmaps_over_hyperparameters(member, name, other, x64):
 @terms
 def test_term_ignores_unmasked(member):
     scores, batch = oracles.loss_world()
-    mask = batch.rollout.mask
-    clean, (out, metrics) = graded(member.build(), scores, batch)
-    weights, share = batch.weights, batch.share
-    batch = dataclasses.replace(poison(batch, mask), weights=weights, share=share)
-    dirty, (dirty_out, dirty_metrics) = graded(member.build(), poison(scores, mask), batch)
+    term, mask = member.build(), batch.rollout.mask
+    clean, (out, metrics) = assessed(term, scores, batch)
+    spoil = lambda x: dataclasses.replace(  # noqa: E731
+        poison(x, mask), weights=batch.weights, share=batch.share
+    )
+    batch = spoil(ready(term, spoil(batch)))
+    dirty, (dirty_out, dirty_metrics) = graded(term, poison(scores, mask), batch)
     np.testing.assert_array_equal(dirty_out, out)
     jax.tree.map(np.testing.assert_array_equal, dirty, clean)
     jax.tree.map(np.testing.assert_array_equal, dirty_metrics, metrics)
@@ -345,8 +322,8 @@ def test_term_does_not_see_padding(member):
         pad(batch.targets, jnp.nan),
     )
     wide_scores = per_token(scores, lambda x: pad(x, jnp.nan))
-    gradient, (value, metrics) = graded(member.build(), scores, batch)
-    wide_gradient, (wide_value, wide_metrics) = graded(member.build(), wide_scores, wide)
+    gradient, (value, metrics) = assessed(member.build(), scores, batch)
+    wide_gradient, (wide_value, wide_metrics) = assessed(member.build(), wide_scores, wide)
     same(wide_value, pad(value, 0.0))
     jax.tree.map(same, wide_metrics, metrics)
     jax.tree.map(lambda a, b: same(a, pad(b, 0.0)), wide_gradient, gradient)
@@ -357,8 +334,8 @@ def test_term_follows_the_order_of_rows(member, x64):
     scores, batch = oracles.loss_world()
     order = np.random.default_rng(5).permutation(len(batch.weights))
     moved_scores, moved = jax.tree.map(lambda x: x[order], (scores, batch))
-    _, (value, metrics) = graded(member.build(), scores, batch)
-    _, (moved_value, moved_metrics) = graded(member.build(), moved_scores, moved)
+    _, (value, metrics) = assessed(member.build(), scores, batch)
+    _, (moved_value, moved_metrics) = assessed(member.build(), moved_scores, moved)
     same(moved_value, value[order])
     jax.tree.map(same, moved_metrics, metrics)
 
@@ -366,6 +343,7 @@ def test_term_follows_the_order_of_rows(member, x64):
 @terms
 def test_term_adds_up_over_any_split(member, x64):
     scores, batch = oracles.loss_world()
+    batch = ready(member.build(), batch)
     whole_gradient, (_, metrics) = graded(member.build(), scores, batch)
     pieces = [np.array([0, 4, 9]), np.array([1]), np.array([2, 3, 5, 6, 7, 8, 10])]
     sums = jax.tree.map(jnp.zeros_like, metrics)
@@ -383,7 +361,7 @@ def test_term_survives_a_batch_without_tokens(member):
     zero = jnp.zeros_like(batch.weights)
     rollout = dataclasses.replace(batch.rollout, mask=jnp.zeros_like(batch.rollout.mask))
     batch = dataclasses.replace(batch, rollout=rollout, weights=zero, share=zero)
-    for leaf in jax.tree.leaves(graded(member.build(), scores, batch)):
+    for leaf in jax.tree.leaves(assessed(member.build(), scores, batch)):
         assert np.all(np.asarray(leaf) == 0)
 
 
@@ -395,7 +373,10 @@ def test_weighting_does_not_see_padding_and_survives_emptiness(member):
     _, rollout = oracles.world()
     weights = member.build()(rollout.mask)
     assert np.all(np.asarray(weights)[~np.asarray(rollout.mask)] == 0)
-    np.testing.assert_array_equal(member.build()(pad(rollout.mask, False)), pad(weights, 0.0))
+    # With `count_empty` a row of padding is a row by definition: there, only columns are added.
+    rows = 0 if member.arguments.get("count_empty") else 3
+    wide = lambda x, fill: jnp.pad(x, [(0, rows), (0, 2)], constant_values=fill)  # noqa: E731
+    np.testing.assert_array_equal(member.build()(wide(rollout.mask, False)), wide(weights, 0.0))
     assert np.all(np.asarray(member.build()(jnp.zeros_like(rollout.mask))) == 0)
     same(jax.jit(member.build())(rollout.mask), weights)
 

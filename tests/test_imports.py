@@ -17,9 +17,10 @@ HEAVY = ("torch", "transformers", "datasets", "wandb", "tyro", "orbax", "matplot
 LAYERS = (
     {"_types", "_checks"},
     {"_masked", "_lifted"},
-    {"_transform", "_kl"},
-    {"_advantages", "_losses", "_select"},
+    {"_transform", "_kl", "_select"},
+    {"_advantages", "_losses"},
     {"algorithms", "_parse"},
+    {"presets"},
     {"_refill", "_metrics", "_score"},
     {"_update"},
 )
@@ -28,7 +29,7 @@ CARRIERS = {"_types", "_checks", "_masked", "_prompts"}
 ISLANDS = {
     "_prompts": set(),
     "_pack": set(),
-    "_pass_at_k": set(),
+    "_estimate_pass_at_k": set(),
     "_optimizer": set(),
     "_logprobs": {"models"},
     "samplers": {"models"},

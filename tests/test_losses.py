@@ -240,6 +240,16 @@ def test_reinforce_ignores_old_logprobs(x64):
     np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("objective", [losses.clipped(), losses.unclipped()], ids=repr)
+def test_a_token_without_advantage_gives_nothing_however_far_it_moved(objective):
+    scores, batch = line(np.float32([200.0, -200.0, 0.1]), np.float32([0.0, 0.0, 1.0]))
+    value = objective(scores, batch)[0]
+    gradient = jax.grad(loss_of, argnums=1)(objective, scores, batch).logprobs
+    np.testing.assert_array_equal(value[0, :2], [0.0, 0.0])
+    np.testing.assert_array_equal(gradient[0, :2], [0.0, 0.0])
+    np.testing.assert_allclose(gradient[0, 2], -np.exp(0.1), rtol=1e-6)
+
+
 def test_no_overflow_reaches_the_gradient():
     # exp(200) is infinite in float32; a clipped token must still have gradient 0, not 0 * inf.
     scores, batch = line(np.array([200, -200, 200], "f"), np.array([1, -1, -1], "f"))

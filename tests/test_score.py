@@ -76,6 +76,28 @@ def test_annotate_runs_what_is_required_and_nothing_else():
         eqrl.annotate(rollout, frozenset({"ref_logprobs"}))
 
 
+def test_annotate_gives_entropy_and_squared_probabilities_of_the_sampling_policy():
+    policy, rollout, temperature = tiny_model(), sampled_rollout(6), 0.7
+    found = eqrl.annotate(
+        rollout,
+        frozenset({"old_entropy", "sum_pi_squared"}),
+        policy=policy,
+        temperature=temperature,
+        micro_batch=2,
+    )
+    assert found.old_logprobs is None
+    close(found.old_entropy, eqrl.score(policy, rollout, temperature=temperature).entropy)
+    hidden = np.asarray(policy(rollout.tokens, rollout.positions), np.float64)
+    before = np.asarray(models.previous(rollout.positions))
+    for b, t in np.argwhere(np.asarray(rollout.mask)):
+        logits = np.asarray(policy.unembedding, np.float64) @ hidden[b, before[b, t]] / temperature
+        pi = np.exp(logits - logits.max())
+        np.testing.assert_allclose(
+            found.sum_pi_squared[b, t], np.sum((pi / pi.sum()) ** 2), rtol=2e-5
+        )
+    assert not np.any(np.asarray(found.sum_pi_squared)[~np.asarray(rollout.mask)])
+
+
 def test_a_missing_field_is_named_with_its_remedy():
     with pytest.raises(ValueError, match="ref_logprobs.*annotate"):
         sampled_rollout(0).need("ref_logprobs")

@@ -1,17 +1,33 @@
 """From reward to advantage: one transform a file. Every public function here is a builder."""
 
+from .adaptive_kl_penalty import adaptive_kl_penalty as adaptive_kl_penalty
 from .add_values import add_values as add_values
+from .as_score import as_score as as_score
 from .batch_center import batch_center as batch_center
 from .batch_norm import batch_norm as batch_norm
 from .clip import clip as clip
+from .component import component as component
 from .ema_baseline import ema_baseline as ema_baseline
 from .gae import gae as gae
+from .gae_adaptive import gae_adaptive as gae_adaptive
+from .gdpo import gdpo as gdpo
+from .gpg import gpg as gpg
 from .group_center import group_center as group_center
 from .group_norm import group_norm as group_norm
 from .kl_penalty import kl_penalty as kl_penalty
+from .kl_shaping import kl_shaping as kl_shaping
+from .length_cost import length_cost as length_cost
+from .length_reward import length_reward as length_reward
+from .max_rl import max_rl as max_rl
+from .opo import opo as opo
+from .optimal_token_baseline import optimal_token_baseline as optimal_token_baseline
 from .overlong import overlong as overlong
+from .pass_at_k import pass_at_k as pass_at_k
+from .remax import remax as remax
 from .returns import returns as returns
 from .rloo import rloo as rloo
 from .scale import scale as scale
 from .shift import shift as shift
+from .turn_gae import turn_gae as turn_gae
+from .turn_returns import turn_returns as turn_returns
 from .whiten import whiten as whiten

@@ -1,28 +1,33 @@
 """Generalised advantage estimation."""
 
-import jax.numpy as jnp
-
-from .._checks import check_number
+from .._checks import check_choice, check_number
 from .._masked import zero_unmasked
 from .._transform import Stateless, stateless
 from .._types import PerToken, Rollout, ScalarLike
-from ._recurrence import backward_sum
+from ._recurrence import GAPS, advantage_sum, steps_of
 
 
-def gae(gamma: ScalarLike = 1.0, lam: ScalarLike = 0.95) -> Stateless:
+def gae(gamma: ScalarLike = 1.0, lam: ScalarLike = 0.95, *, gap: str = "carry") -> Stateless:
     r"""Generalised advantage estimation with the critic's values at sampling time.
 
-    $\delta_t = R_t + \gamma V_{t'} - V_t$ and $A_t = \delta_t + \gamma\lambda A_{t'}$, where $t'$
-    is the row's next *masked* token: value and advantage are carried across gaps in the mask.
-    After a row's last masked token both are 0, truncated rows included. Not whitened; value
-    targets are `gae(...) | add_values()`. Unmasked positions get 0.
+    $\delta_t = R_t + \gamma V_{t'} - V_t$ and $A_t = \delta_t + \gamma\lambda A_{t'}$. With
+    `gap="carry"` $t'$ is the row's next *masked* token: value and advantage are carried across
+    gaps in the mask (tool output). With `gap="decay"` $t'$ is the next token of the sequence,
+    masked or not; tokens in a gap have reward and value 0, so a gap of $n$ tokens looks like a
+    state of value 0 and what lies behind it is worth $(\gamma\lambda)^n$ times as much. Both are
+    the same without gaps, and at $\gamma = \lambda = 1$. Padding is never stepped on.
 
-    Differs between libraries: verl, NeMo and AReaL carry as here; OpenRLHF treats a gap as value
-    0 and decays through it (equal at `gamma = lam = 1`). verl's default `lam` is 1, TRL's 0.95.
+    After a row's last masked token value and advantage are 0, truncated rows included. Not
+    whitened; value targets are `gae(...) | add_values()`, with a `lam` of their own if you like.
+    Unmasked positions get 0, and so do empty rows.
+
+    Differs between libraries: verl, NeMo and AReaL carry; OpenRLHF decays. verl's default `lam`
+    is 1, TRL's 0.95. AReaL bootstraps truncated rows with the value of their last token.
 
     Args:
-        gamma: discount per trained token, from 0 to 1.
+        gamma: discount per step, from 0 to 1.
         lam: 0 trusts the critic (one step), 1 the sampled return; from 0 to 1.
+        gap: `"carry"` or `"decay"`.
 
     Returns:
         A transform from per-token rewards to advantages; requires `rollout.values`.
@@ -31,6 +36,7 @@ def gae(gamma: ScalarLike = 1.0, lam: ScalarLike = 0.95) -> Stateless:
     """
     check_number("gamma", gamma, least=0, most=1)
     check_number("lam", lam, least=0, most=1)
+    check_choice("gap", gap, GAPS)
     return stateless(
         _gae,
         builder=gae,
@@ -39,16 +45,14 @@ def gae(gamma: ScalarLike = 1.0, lam: ScalarLike = 0.95) -> Stateless:
         spreads=True,
         gamma=gamma,
         lam=lam,
+        gap=gap,
     )
 
 
-def _gae(signal: PerToken, rollout: Rollout, *, gamma: ScalarLike, lam: ScalarLike) -> PerToken:
+def _gae(
+    signal: PerToken, rollout: Rollout, *, gamma: ScalarLike, lam: ScalarLike, gap: str
+) -> PerToken:
     mask = rollout.mask
-    zero, one = jnp.zeros((), signal.dtype), jnp.ones((), signal.dtype)
     values = zero_unmasked(rollout.need("values").astype(signal.dtype), mask)
-    # The value at the next masked token is itself a recurrence: take it there, carry it elsewhere.
-    upcoming = backward_sum(values, jnp.where(mask, zero, one))
-    following = jnp.pad(upcoming[:, 1:], ((0, 0), (0, 1)))
-    delta = zero_unmasked(zero_unmasked(signal, mask) + gamma * following - values, mask)
-    decay = jnp.where(mask, jnp.asarray(gamma * lam, signal.dtype), one)
-    return zero_unmasked(backward_sum(delta, decay), mask)
+    reward = zero_unmasked(signal, mask)
+    return zero_unmasked(advantage_sum(reward, values, steps_of(rollout, gap), gamma, lam), mask)

@@ -8,21 +8,25 @@ from .._transform import Stateless, stateless
 from .._types import PerToken, Rollout, ScalarLike
 
 
-def overlong(max_tokens: ScalarLike, buffer: ScalarLike, *, penalty: ScalarLike = 1.0) -> Stateless:
+def overlong(
+    max_tokens: ScalarLike, buffer: ScalarLike, *, penalty: ScalarLike = 1.0, capped: bool = True
+) -> Stateless:
     r"""Linear penalty over the last `buffer` tokens before `max_tokens`.
 
     With $L$ the number of masked tokens of the row, the reward on its last masked token changes
     by $-penalty \cdot \mathrm{clip}((L - (max\_tokens - buffer)) / buffer, 0, 1)$: nothing up to
-    `max_tokens - buffer`, the whole penalty at `max_tokens` and beyond. Lengths are in tokens,
-    the stop token included. Empty rows stay 0.
+    `max_tokens - buffer`, the whole penalty at `max_tokens` and beyond. With `capped=False` the
+    ramp goes on beyond `max_tokens`: $-penalty \cdot \max(\cdot, 0)$. Lengths are in tokens, the
+    stop token included. Empty rows stay 0.
 
-    Differs between libraries: verl and AReaL do not cap the penalty beyond `max_tokens`; TRL and
-    OpenRLHF do, as here.
+    Differs between libraries: TRL and OpenRLHF cap the penalty, verl and AReaL do not; equal as
+    long as no completion is longer than `max_tokens`.
 
     Args:
         max_tokens: completion length at which the penalty is complete.
         buffer: width of the ramp in tokens, above 0 and at most `max_tokens`.
-        penalty: the largest penalty, not negative.
+        penalty: what a completion of `max_tokens` loses, not negative.
+        capped: whether longer ones lose no more than that.
 
     Returns:
         A transform from rewards to rewards; it must stand before the signal is spread.
@@ -41,6 +45,7 @@ def overlong(max_tokens: ScalarLike, buffer: ScalarLike, *, penalty: ScalarLike 
         max_tokens=max_tokens,
         buffer=buffer,
         penalty=penalty,
+        capped=capped,
     )
 
 
@@ -51,7 +56,8 @@ def _overlong(
     max_tokens: ScalarLike,
     buffer: ScalarLike,
     penalty: ScalarLike,
+    capped: bool,
 ) -> PerToken:
     length = row_length(rollout.mask).astype(signal.dtype)
-    ramp = jnp.clip((length - (max_tokens - buffer)) / buffer, 0, 1)
+    ramp = jnp.clip((length - (max_tokens - buffer)) / buffer, 0, 1 if capped else None)
     return zero_unmasked(signal, rollout.mask) - on_last(penalty * ramp, rollout.mask)

@@ -5,11 +5,15 @@ import jax.numpy as jnp
 from .._checks import check_number
 from .._types import Batch, Metrics, PerToken, ScalarLike, Scores
 from .base import Term, term, weighted
-from .ratio import log_ratio
+from .ratio import Ratio, check_ratio, log_ratio
 
 
 def clipped(
-    low: ScalarLike = 0.2, high: ScalarLike = 0.2, *, dual: ScalarLike | None = None
+    low: ScalarLike = 0.2,
+    high: ScalarLike = 0.2,
+    *,
+    dual: ScalarLike | None = None,
+    ratio: Ratio | None = None,
 ) -> Term:
     r"""Clipped policy-gradient surrogate.
 
@@ -26,6 +30,8 @@ def clipped(
         low: largest decrease of the ratio that is still rewarded, from 0 to 1.
         high: largest increase of the ratio that is still rewarded, not negative.
         dual: bound on the ratio for negative advantages, above 1; `None` for no bound.
+        ratio: what is clipped: `token_ratio()` by default, `geometric_ratio()` for GSPO,
+            `sequence_ratio()` for whole completions.
 
     Returns:
         A term with metrics `loss/policy`, `policy/clip_low_frac` (ratio below `1 - low` and
@@ -39,7 +45,8 @@ def clipped(
     check_number("high", high, least=0)
     if dual is not None:
         check_number("dual", dual, above=1)
-    return term(_clipped, builder=clipped, low=low, high=high, dual=dual)
+    check_ratio(ratio)
+    return term(_clipped, builder=clipped, low=low, high=high, dual=dual, ratio=ratio)
 
 
 def _clipped(
@@ -49,22 +56,24 @@ def _clipped(
     low: ScalarLike,
     high: ScalarLike,
     dual: ScalarLike | None,
+    ratio: Ratio | None,
 ) -> tuple[PerToken, Metrics]:
-    delta, advantage = log_ratio(scores, batch), batch.advantages
-    ratio = jnp.exp(delta)
-    too_low = (ratio < 1 - low) & (advantage < 0)
-    too_high = (ratio > 1 + high) & (advantage > 0)
+    delta, advantage = (ratio or log_ratio)(scores, batch), batch.advantages
+    rho = jnp.exp(delta)
+    too_low = (rho < 1 - low) & (advantage < 0)
+    too_high = (rho > 1 + high) & (advantage > 0)
     metrics = {
-        "policy/clip_low_frac": batch.mean(too_low.astype(ratio.dtype)),
-        "policy/clip_high_frac": batch.mean(too_high.astype(ratio.dtype)),
+        "policy/clip_low_frac": batch.mean(too_low.astype(rho.dtype)),
+        "policy/clip_high_frac": batch.mean(too_high.astype(rho.dtype)),
     }
     held = too_low | too_high
     bound = jnp.where(too_low, 1 - low, 1 + high)
     if dual is not None:
-        capped = (ratio > dual) & (advantage < 0)
-        metrics["policy/dual_clip_frac"] = batch.mean(capped.astype(ratio.dtype))
+        capped = (rho > dual) & (advantage < 0)
+        metrics["policy/dual_clip_frac"] = batch.mean(capped.astype(rho.dtype))
         held, bound = held | capped, jnp.where(capped, dual, bound)
-    # Held tokens leave before the exponential: an overflow there would be 0 * inf backwards.
-    free = jnp.exp(jnp.where(held, jnp.zeros_like(delta), delta))
+    # Held tokens leave before the exponential, as do those without an advantage: an overflow there
+    # would be 0 * inf, forwards or backwards.
+    free = jnp.exp(jnp.where(held | (advantage == 0), jnp.zeros_like(delta), delta))
     value = -advantage * jnp.where(held, bound, free)
     return value, metrics | {"loss/policy": weighted(value, batch)}

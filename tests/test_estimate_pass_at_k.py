@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from eqrl._pass_at_k import pass_at_k
+from eqrl._estimate_pass_at_k import estimate_pass_at_k
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -15,9 +15,9 @@ def test_equals_counting_every_subset(k):
         np.mean([row[list(chosen)].any() for chosen in itertools.combinations(range(5), k)])
         for row in correct
     ]
-    np.testing.assert_allclose(pass_at_k(correct, k), np.mean(counted), rtol=1e-12)
+    np.testing.assert_allclose(estimate_pass_at_k(correct, k), np.mean(counted), rtol=1e-12)
 
 
 def test_k_beyond_the_samples_is_refused():
     with pytest.raises(ValueError, match="k=6"):
-        pass_at_k(np.ones((2, 5)), 6)
+        estimate_pass_at_k(np.ones((2, 5)), 6)

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 
-def pass_at_k(correct: Shaped[np.ndarray, "problem sample"], k: int) -> float:
+def estimate_pass_at_k(correct: Shaped[np.ndarray, "problem sample"], k: int) -> float:
     r"""Probability that at least one of k samples is correct, averaged over problems.
 
     $1 - \binom{n-c}{k} / \binom{n}{k}$ for a problem with c of n samples correct: the unbiased
