@@ -6,10 +6,10 @@
 
 Each mutant is one edit of one file in a copy of the repository: a sign, the direction of a
 comparison, a denominator, a default (ddof, eps), a constant, a swapped `where`, a removed
-stop-gradient, mask, declaration or link of a chain. The tests named after the member run first; a
-mutant that they do not notice meets every test of the algebra. Arguments of `check_...` calls
-(legal ranges) and messages are not mutated. Prints killed and surviving mutants, and writes them
-to `--out`.
+stop-gradient, mask, declaration or link of a chain. The tests of its family that bear the member's
+name run first, then all tests that build it unnamed (algorithms, presets, invariants). Arguments of
+`check_...` calls (legal ranges) and messages are not mutated. Prints killed and surviving mutants,
+and writes them to `--out`.
 """
 
 import argparse
@@ -31,12 +31,24 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGETS = ("_advantages", "_losses", "_select", "algorithms", "presets")
 SINGLE = ("_masked.py", "_kl.py")
-# What a mutant has to get past, the fastest first.
-TESTS = (
-    "test_advantages.py", "test_advantages_groups.py", "test_advantages_time.py", "test_losses.py",
-    "test_terms.py", "test_factors.py", "test_select.py", "test_presets.py", "test_algorithms.py",
-    "test_invariants.py", "test_contract.py", "test_contract_factors.py",
+# What a mutant of a member has to get past: the tests of its family that bear its name, then all
+# that build it without naming it. Nothing else imports it. Shared files meet the whole of both.
+FAMILIES = {
+    "_advantages": (
+        "test_advantages.py", "test_advantages_groups.py", "test_advantages_time.py",
+        "test_advantages_kl.py", "test_advantages_lengths.py", "test_contract.py",
+    ),
+    "_losses": (
+        "test_losses.py", "test_terms.py", "test_term_gradients.py", "test_term_covariance.py",
+        "test_factors.py", "test_factors_rollout.py", "test_kl.py", "test_contract_factors.py",
+        "test_contract.py",
+    ),
+    "_select": ("test_select.py",),
+}  # fmt: skip
+WIDE = (
+    "test_presets.py", "test_algorithms.py", "test_invariants.py", "test_invariants_losses.py",
 )  # fmt: skip
+SHARED = ("base", "factor", "ratio", "weighting")
 TIMEOUT = 240  # seconds; a mutant that never ends is a killed one
 
 _SWAPS = {
@@ -184,7 +196,6 @@ def mutants(only: set[str]) -> Iterator[Mutant]:
 # What tests/conftest.py sets before jax is imported; here jax is imported before it.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "eqrl-mutants-cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -198,7 +209,7 @@ def _pytest(folder: pathlib.Path, words: list[str]) -> bool:
     if child:
         return _wait(child)
     os.setsid()
-    devnull = os.open(os.devnull, os.O_WRONLY)
+    devnull = os.open(os.environ.get("MUTANTS_LOG", os.devnull), os.O_WRONLY | os.O_CREAT)
     os.dup2(devnull, 1)
     os.dup2(devnull, 2)
     os.chdir(folder)
@@ -206,7 +217,9 @@ def _pytest(folder: pathlib.Path, words: list[str]) -> bool:
     import pytest  # already loaded by the parent
 
     try:
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *words]))
+        # pytest would say that plugins were imported before it could rewrite their asserts.
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore:Module already imported"]
+        code = int(pytest.main([*options, *words]))
     except BaseException:  # a mutant may raise anything, also at import
         code = 1
     os._exit(code)
@@ -230,15 +243,36 @@ def _survives(folder: pathlib.Path, mutant: Mutant) -> bool:
     original = path.read_bytes()
     path.write_bytes(original[: mutant.start] + mutant.text.encode() + original[mutant.end :])
     try:
-        tests = [f"tests/{name}" for name in TESTS if (folder / "tests" / name).exists()]
-        stem = path.stem.strip("_")
-        return _pytest(folder, [*tests, "-k", stem]) and _pytest(folder, tests)
+        return all(_pytest(folder, words) for words in _rounds(folder, mutant.file))
     finally:
         path.write_bytes(original)
 
 
+def _rounds(folder: pathlib.Path, file: str) -> list[list[str]]:
+    """Arguments of the pytest runs that a mutant of `file` must pass, the quickest first."""
+    path = pathlib.Path(file)
+    existing = lambda names: [  # noqa: E731
+        f"tests/{name}" for name in names if (folder / "tests" / name).exists()
+    ]
+    wide = existing(WIDE)
+    if path.parent.name in ("algorithms", "presets"):
+        return [wide]
+    family = existing(FAMILIES.get(path.parent.name, ()))
+    everything = existing(dict.fromkeys(name for names in FAMILIES.values() for name in names))
+    if path.parent.name not in FAMILIES:
+        return [everything, wide]
+    if path.stem.startswith("_") or path.stem in SHARED:
+        return [family, wide]
+    return [[*family, "-k", path.stem], wide]
+
+
 def _work(number: int, todo, done) -> None:
     """One worker: its own copy of the repository, and mutants until none are left."""
+    import jax  # already loaded by the parent
+
+    # One cache a worker: two writers of one entry are a warning, which tests take for an error.
+    cache = os.path.join(tempfile.gettempdir(), f"eqrl-mutants-cache-{number}")
+    jax.config.update("jax_compilation_cache_dir", cache)
     with tempfile.TemporaryDirectory(prefix=f"mutants-{number}-") as temp:
         folder = pathlib.Path(temp) / "eqrl"
         for name in ("eqrl", "tests", "examples", "pyproject.toml", "README.md"):

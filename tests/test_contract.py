@@ -17,6 +17,7 @@ from eqrl._types import Batch, Rollout, Scores
 
 
 transforms = pytest.mark.parametrize("member", TRANSFORMS, ids=repr)
+TERMS = TERMS + TERM_OPTIONS
 terms = pytest.mark.parametrize("member", TERMS, ids=repr)
 weightings = pytest.mark.parametrize("member", WEIGHTINGS, ids=repr)
 varied = lambda table: pytest.mark.parametrize(  # noqa: E731

@@ -1,5 +1,7 @@
 """What the documentation shows must run: Python as it stands, commands as far as parsing."""
 
+import importlib.util
+import inspect
 import pathlib
 import re
 import shlex
@@ -9,6 +11,8 @@ import textwrap
 
 import jax
 import pytest
+
+from eqrl import _advantages, _losses, _select
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -63,6 +67,50 @@ def test_the_readme_shows_the_first_command():
     if not (ROOT / "README.md").exists():
         pytest.skip("README.md is not written yet")
     assert ("python", "examples/gsm8k.py", "--algo.name", "reinforce++") in COMMANDS
+
+
+def _reference():
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs/make_reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_reference_pages_say_what_the_docstrings_say():
+    stale = [
+        name
+        for name, text in _reference().pages().items()
+        if (ROOT / "docs" / name).read_text() != text
+    ]
+    assert not stale, "run python docs/make_reference.py"
+
+
+def test_every_piece_is_on_a_page_and_every_estimator_has_a_figure():
+    reference = _reference()
+    tables = (reference.ESTIMATORS, reference.OBJECTIVES, reference.REDUCTIONS)
+    listed = [name for table in tables for names in table.values() for name in names]
+    public = [
+        name
+        for module in (_advantages, _losses, _select)
+        for name, x in vars(module).items()
+        if inspect.isfunction(x) and not name.startswith("_")
+    ]
+    assert sorted(listed) == sorted(public)
+    for name in sum(reference.ESTIMATORS.values(), []):
+        assert (ROOT / f"docs/images/estimators/{name}.png").stat().st_size > 2_000, name
+
+
+def test_the_pieces_of_the_walk_through_are_those_of_the_plugin():
+    code = (ROOT / "examples/my_pieces.py").read_text()
+    shown = [block for _, block in blocks((ROOT / "docs/extending.md").read_text(), "python")]
+    shown = [re.sub(r"^import.*\n+", "", block, flags=re.MULTILINE) for block in shown]
+    pieces = [block for block in shown if re.match("def |class ", block)]
+    assert len(pieces) == 4
+    for block in pieces:
+        assert block.strip() in code
+        lines = [line for line in block.splitlines() if line.strip()]
+        assert len(lines) <= 12, block
 
 
 def test_blocks_and_commands_are_found():

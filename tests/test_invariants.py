@@ -8,6 +8,7 @@ change here. `test_contract*.py` has the same promises for each member alone, on
 
 import functools
 import inspect
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -23,7 +24,7 @@ from eqrl.algorithms import Algorithm
 from eqrl.samplers.decoder import _row_keys
 
 
-ARGUMENTS = {"max_tokens": 6, "buffer": 2, "samples": 3, "k": 2}  # where there is no default
+ARGUMENTS = {"max_tokens": 4, "buffer": 2, "samples": 3, "k": 2}  # where there is no default
 ROWS, TIME = 12, 7
 SEEDS = [0, 1, 2]
 
@@ -51,7 +52,6 @@ def needed(build):
 BUILDERS = dict(_named())
 ALL = {name: build(**needed(build)) for name, build in BUILDERS.items()}
 everything = pytest.mark.parametrize("name", ALL)
-seeds = pytest.mark.parametrize("seed", SEEDS)
 
 
 # --- random worlds --------------------------------------------------------------------------------
@@ -84,15 +84,14 @@ def on_last(row, mask):
     return np.where(last, row[:, None], 0.0)
 
 
-def random_world(seed, *, rows=ROWS, time=TIME, largest=5, rewards=None):
+def random_world(seed, *, rows=ROWS, time=TIME, largest=5) -> Any:
     """A signal of rewards on last tokens, a rollout with every field, and scores in float64."""
     rng = np.random.default_rng(seed)
     mask, positions = random_mask(rng, rows, time)
     normal = lambda scale: scale * rng.standard_normal((rows, time))  # noqa: E731
-    sampled = -np.abs(normal(1.0))
-    if rewards is None:
-        rewards = np.stack([rng.integers(0, 2, rows), rng.integers(0, 3, rows)], axis=1)
-    old, values = sampled + normal(0.1), normal(1.0)
+    sampled = -np.abs(normal(1.5))
+    rewards = np.stack([rng.integers(0, 2, rows), rng.integers(0, 3, rows)], axis=1)
+    old, values = sampled + normal(0.3), normal(1.0)
     fields = dict(
         tokens=rng.integers(0, 9, (rows, time)).astype(np.int32),
         mask=mask,
@@ -116,9 +115,10 @@ def random_world(seed, *, rows=ROWS, time=TIME, largest=5, rewards=None):
     return on_last(rewards.sum(axis=1), mask), *carriers
 
 
-def swap(module, **fields):
+def swap(module, **fields) -> Any:
     """The module with other arrays in some fields, unchecked."""
-    return eqx.tree_at(lambda m: [getattr(m, name) for name in fields], module, [*fields.values()])
+    where = lambda m: [getattr(m, name) for name in fields]  # noqa: E731
+    return eqx.tree_at(where, module, [*fields.values()], is_leaf=lambda x: x is None)
 
 
 def change(tree, *, token=None, row=None):
@@ -177,7 +177,7 @@ def _transform_all(signal, rollout):
     return {repr(piece): piece.update(signal, piece.init(), rollout)[0] for piece in pieces}
 
 
-def transform_all(signal, rollout, *, dtype=float):
+def transform_all(signal, rollout, *, dtype: Any = float):
     """What every transform of the table makes of a signal."""
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
     with jax.enable_x64(dtype is float):
@@ -185,8 +185,8 @@ def transform_all(signal, rollout, *, dtype=float):
         return jax.device_get(_transform_all(*arguments))
 
 
-def member_world(seed, **options):
-    return random_world(seed, rows=40, time=6, largest=16, **options)
+def member_world(seed):
+    return random_world(seed, rows=40, time=6, largest=16)
 
 
 @functools.cache
@@ -209,7 +209,7 @@ def alike(a, b, tolerance=1e-9):
 # --- 2. padding -----------------------------------------------------------------------------------
 
 # Their weighting divides by all rows, empty ones too, as those libraries do: rows of padding shrink
-# the step by exactly live shapes' ratio, columns change nothing.
+# the step by the ratio of the numbers of rows, columns change nothing.
 COUNT_EMPTY = {"trl.dr_grpo", "trl.rloo", "trl.sapo", "verl.geo_mean"}
 
 
@@ -234,29 +234,30 @@ def poisoned(seed):
 
 
 @everything
-@seeds
-def test_2_nothing_at_masked_places_is_read_forward_or_backward(name, seed):
-    (batches, graded), (dirty_batches, dirty) = clean(seed), poisoned(seed)
-    mask = batches[name].rollout.mask
-    for field in ("advantages", "weights", "share", "targets", "prepared"):
-        pair = (getattr(dirty_batches[name], field), getattr(batches[name], field))
-        jax.tree.map(np.testing.assert_array_equal, *pair)
-    jax.tree.map(np.testing.assert_array_equal, dirty[name], graded[name])
-    for leaf in jax.tree.leaves(dirty[name][0]):
-        assert np.all(np.isfinite(leaf)) and np.all(leaf[~mask] == 0)
-    assert np.any(dirty[name][0].logprobs != 0)
+def test_2_nothing_at_masked_places_is_read_forward_or_backward(name):
+    for seed in SEEDS:
+        (batches, graded), (dirty_batches, dirty) = clean(seed), poisoned(seed)
+        mask = batches[name].rollout.mask
+        for field in ("advantages", "weights", "share", "targets", "prepared"):
+            pair = (getattr(dirty_batches[name], field), getattr(batches[name], field))
+            jax.tree.map(np.testing.assert_array_equal, *pair)
+        jax.tree.map(np.testing.assert_array_equal, dirty[name], graded[name])
+        for leaf in jax.tree.leaves(dirty[name][0]):
+            assert np.all(np.isfinite(leaf)) and np.all(leaf[~mask] == 0)
+        assert np.any(dirty[name][0].logprobs != 0)
 
 
 ROOM = (ROWS + 3, TIME + 2)
 
 
-def places(seed):
+def places(seed) -> Any:
     """Where the rows and columns of a world stand in a larger one."""
     rng = np.random.default_rng(seed)
     return [np.sort(rng.permutation(big)[:n]) for big, n in zip(ROOM, (ROWS, TIME), strict=True)]
 
 
-def widen(x, rows, columns, fill):
+def widen(x, at, fill) -> Any:
+    rows, columns = at
     shape = (ROOM[0], ROOM[1] if x.shape[1:] == (TIME,) else x.shape[-1])[: x.ndim]
     wide = np.full(shape, fill, x.dtype)
     wide[np.ix_(rows, columns) if shape[1:] == (ROOM[1],) else rows] = x
@@ -268,26 +269,28 @@ def padded(seed):
     signal, rollout, scores = random_world(seed)
     at = places(seed)
     wide = jax.tree.map(
-        lambda x: widen(x, *at, np.nan if x.dtype == float else 0), (signal, rollout, scores)
+        lambda x: widen(x, at, np.nan if x.dtype == float else 0), (signal, rollout, scores)
     )
-    positions = widen(rollout.positions, *at, -1)
-    group = widen(rollout.group, *at, rollout.group[0])  # rows of padding join a group
+    positions = widen(rollout.positions, at, -1)
+    group = widen(rollout.group, at, rollout.group[0])  # rows of padding join a group
     wide_rollout = swap(wide[1], positions=positions, group=group)
     return study(wide[0], wide_rollout, wide[2])
 
 
 @everything
-@seeds
-def test_2_rows_and_columns_of_padding_change_nothing(name, seed):
-    (batches, graded), (wide_batches, wide) = clean(seed), padded(seed)
-    at = places(seed)
-    same(wide_batches[name].advantages, widen(batches[name].advantages, *at, 0.0))
-    factor = ROWS / ROOM[0] if name in COUNT_EMPTY else 1.0
-    same(wide_batches[name].weights, widen(batches[name].weights * factor, *at, 0.0))
-    for a, b in zip(jax.tree.leaves(wide[name][0]), jax.tree.leaves(graded[name][0]), strict=True):
-        same(a, widen(b * factor, *at, 0.0))
-    for key, value in graded[name][1].items():  # parts of the loss are under the weights
-        same(wide[name][1][key], value * (factor if key.startswith("loss/") else 1.0))
+def test_2_rows_and_columns_of_padding_change_nothing(name):
+    for seed in SEEDS:
+        (batches, graded), (wide_batches, wide) = clean(seed), padded(seed)
+        at = places(seed)
+        same(wide_batches[name].advantages, widen(batches[name].advantages, at, 0.0))
+        factor = ROWS / ROOM[0] if name in COUNT_EMPTY else 1.0
+        same(wide_batches[name].weights, widen(batches[name].weights * factor, at, 0.0))
+        for a, b in zip(
+            jax.tree.leaves(wide[name][0]), jax.tree.leaves(graded[name][0]), strict=True
+        ):
+            same(a, widen(b * factor, at, 0.0))
+        for key, value in graded[name][1].items():  # parts of the loss are under the weights
+            same(wide[name][1][key], value * (factor if key.startswith("loss/") else 1.0))
 
 
 # --- 3. permutation -------------------------------------------------------------------------------
@@ -324,17 +327,18 @@ CENTRED_TWICE = {
 
 
 @everything
-@seeds
 @pytest.mark.parametrize("how", ["samples", "groups"])
-def test_3_order_of_samples_and_groups_is_only_an_order(name, seed, how):
-    batches, graded = clean(seed)
-    order, (moved_batches, moved) = permuted(seed, how)
-    assert np.any(order != np.arange(ROWS))
-    same(moved_batches[name].advantages, batches[name].advantages[order])
-    jax.tree.map(lambda a, b: same(a, b[order]), moved[name][0], graded[name][0])
-    for key, value in graded[name][1].items():
-        if not (name in CENTRED_TWICE and key.startswith("policy/clip_")):
-            same(moved[name][1][key], value)
+def test_3_order_of_samples_and_groups_is_only_an_order(name, how):
+    for seed in SEEDS:
+        batches, graded = clean(seed)
+        order, (moved_batches, moved) = permuted(seed, how)
+        assert np.any(order != np.arange(ROWS))
+        same(moved_batches[name].advantages, batches[name].advantages[order])
+        for a, b in zip(*map(jax.tree.leaves, (moved[name][0], graded[name][0])), strict=True):
+            same(a, b[order])
+        for key, value in graded[name][1].items():
+            if not (name in CENTRED_TWICE and key.startswith("policy/clip_")):
+                same(moved[name][1][key], value)
 
 
 # These know of a row nothing but its score: exchanged scores exchange advantages.
@@ -429,11 +433,10 @@ SEE_A_SHIFT = {
 
 
 def test_4_shift_of_algorithms():
-    moved = lambda name, seed: (
-        not alike(  # noqa: E731
-            algorithms_shifted(seed)[name].advantages, clean(seed)[0][name].advantages
-        )
-    )
+    def moved(name, seed):
+        before, after = clean(seed)[0][name], algorithms_shifted(seed)[name]
+        return not alike(after.advantages, before.advantages)
+
     assert {name for name in ALL if any(moved(name, seed) for seed in SEEDS)} == SEE_A_SHIFT
 
 
@@ -485,9 +488,10 @@ def algorithms_scaled(seed, factor):
     return assign_all(*scaled_world(random_world(seed), factor)[:2])
 
 
-# A cost that is not in units of rewards stands in their chain: KL, length, or a clip.
+# A cost that is not in units of rewards stands in their chain: KL, length, or a clip. Tunix's DAPO
+# has one too, but by default it begins at thousands of tokens.
 OWN_UNITS = {
-    "algorithms.dapo", "verl.dapo", "tunix.dapo", "algorithms.rloo", "trl.rloo",
+    "algorithms.dapo", "verl.dapo", "algorithms.rloo", "trl.rloo",
     "algorithms.reinforce_pp", "algorithms.reinforce_pp_baseline", "algorithms.ppo", "trl.ppo",
     "tunix.ppo",
     *(name for name in ALL if name.startswith("openrlhf.") and name != "openrlhf.grpo"),
@@ -635,10 +639,10 @@ MOVED_LATER = {
     "name",
     sorted((ALL.keys() - SEE_A_SHIFT - MOVED_LATER) | {"algorithms.lite_ppo", "algorithms.max_rl"}),
 )
-@seeds
-def test_7_constant_groups_are_exactly_zero_in_algorithms(name, seed):
-    constant, batches = _algorithms_constant(seed)
-    np.testing.assert_array_equal(batches[name].advantages[constant], 0)
+def test_7_constant_groups_are_exactly_zero_in_algorithms(name):
+    for seed in SEEDS:
+        constant, batches = _algorithms_constant(seed)
+        np.testing.assert_array_equal(batches[name].advantages[constant], 0)
 
 
 @functools.cache
@@ -755,7 +759,7 @@ def test_14_states_resume_bit_for_bit(tmp_path):
     whole = _steps(made, states, worlds[2:])
     for name, restored in _back_from_disk(tmp_path, states, start):
         again = _steps(made, restored, worlds[2:])
-        jax.tree.map(np.testing.assert_array_equal, again, whole, err_msg=name)
+        jax.tree.map(functools.partial(np.testing.assert_array_equal, err_msg=name), again, whole)
     for name in made:  # and the state matters
         fresh = _steps(made, start, worlds[2:])[name]
         leaves = zip(*map(jax.tree.leaves, (fresh, whole[name])), strict=True)
@@ -784,11 +788,12 @@ def test_15_no_two_rows_share_a_key_however_prompts_are_spread(seed):
     rng = np.random.default_rng(seed)
     ids = rng.choice(2**31 - 1, 64, replace=False)
     key = jax.random.fold_in(jax.random.key(seed), 3)
+    row_keys = jax.jit(_row_keys, static_argnums=2)
     data = lambda part: np.asarray(  # noqa: E731
-        jax.random.key_data(_row_keys(key, jnp.asarray(ids[part], jnp.int32), 16))
+        jax.random.key_data(row_keys(key, jnp.asarray(ids[part], jnp.int32), 16))
     ).reshape(len(part), 16, -1)
     whole = data(np.arange(64))
     assert len(np.unique(whole.reshape(64 * 16, -1), axis=0)) == 64 * 16
-    for processes in (2, 8, 64):
+    for processes in (2, 16):
         for part in np.array_split(rng.permutation(64), processes):
             np.testing.assert_array_equal(data(part), whole[part])

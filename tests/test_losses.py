@@ -242,7 +242,7 @@ def test_reinforce_ignores_old_logprobs(x64):
 
 @pytest.mark.parametrize("objective", [losses.clipped(), losses.unclipped()], ids=repr)
 def test_a_token_without_advantage_gives_nothing_however_far_it_moved(objective):
-    scores, batch = line(np.float32([200.0, -200.0, 0.1]), np.float32([0.0, 0.0, 1.0]))
+    scores, batch = line(np.array([200, -200, 0.1], "f"), np.array([0, 0, 1], "f"))
     value = objective(scores, batch)[0]
     gradient = jax.grad(loss_of, argnums=1)(objective, scores, batch).logprobs
     np.testing.assert_array_equal(value[0, :2], [0.0, 0.0])

@@ -10,6 +10,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import pytest
 from test_algorithms import graded_world, gradient
 
@@ -264,8 +265,9 @@ REWARD = np.array([1.0, 0.0, 0.0, 1.0, 0.0])
 LENGTH = np.array([1, 2, 3, 4, 5])
 
 
-def group(reward=REWARD, length=LENGTH, components=None, greedy=None):
+def group(reward: npt.ArrayLike = REWARD, length: npt.ArrayLike = LENGTH, components=None):
     """One group, a row a completion, the reward on the last of `length` tokens."""
+    reward, length = np.atleast_1d(reward), np.atleast_1d(length)
     rows, time = len(reward), int(max(length))
     mask = np.arange(time)[None] < np.asarray(length)[:, None]
     zeros = jnp.zeros((rows, time))
@@ -281,7 +283,7 @@ def group(reward=REWARD, length=LENGTH, components=None, greedy=None):
         old_logprobs=zeros,
         ref_logprobs=zeros,
         values=zeros,
-        greedy_rewards=jnp.full(rows, 0.25 if greedy is None else greedy),
+        greedy_rewards=jnp.full(rows, 0.25),
     )
     signal = np.zeros((rows, time))
     signal[np.arange(rows), np.asarray(length) - 1] = reward
@@ -415,9 +417,8 @@ def test_on_the_first_update_the_clip_of_rloo_is_inert(x64):
 
 def test_the_token_form_of_gspo_has_the_gradient_of_the_sequence_form(x64):
     signal, rollout, scores = graded_world()
-    scores = dataclasses.replace(
-        scores, logprobs=rollout.old_logprobs + 1e-4 * (scores.logprobs - rollout.old_logprobs)
-    )
+    old = rollout.need("old_logprobs")
+    scores = dataclasses.replace(scores, logprobs=old + 1e-4 * (scores.logprobs - old))
     paper = gradient(algorithms.gspo(), signal, rollout, scores)
     assert np.any(np.asarray(paper) != 0)
     np.testing.assert_allclose(

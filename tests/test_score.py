@@ -93,7 +93,7 @@ def test_annotate_gives_entropy_and_squared_probabilities_of_the_sampling_policy
         logits = np.asarray(policy.unembedding, np.float64) @ hidden[b, before[b, t]] / temperature
         pi = np.exp(logits - logits.max())
         np.testing.assert_allclose(
-            found.sum_pi_squared[b, t], np.sum((pi / pi.sum()) ** 2), rtol=2e-5
+            found.need("sum_pi_squared")[b, t], np.sum((pi / pi.sum()) ** 2), rtol=2e-5
         )
     assert not np.any(np.asarray(found.sum_pi_squared)[~np.asarray(rollout.mask)])
 

@@ -95,7 +95,7 @@ def test_a_users_selection_is_lifted_by_one_call():
 
 def by_group(rollout, rule):
     """By loops: live rows whose group's live rows satisfy `rule`."""
-    live = np.asarray(rollout.mask).any(axis=1)
+    live = np.atleast_1d(np.any(np.asarray(rollout.mask), axis=1))
     group, rewards = np.asarray(rollout.group), np.asarray(rollout.rewards)
     rows = range(len(group))
     return np.array(
@@ -111,7 +111,7 @@ def last_token(rollout, i):
 
 
 def live_rows(rollout, rule):
-    live = np.asarray(rollout.mask).any(axis=1)
+    live = np.atleast_1d(np.any(np.asarray(rollout.mask), axis=1))
     return np.array([bool(live[i] and rule(i)) for i in range(len(live))])
 
 
@@ -188,7 +188,7 @@ def test_a_group_of_equal_middling_rewards_shows_the_difference():
     _, rollout = oracles.world()
     rollout = dataclasses.replace(rollout, rewards=jnp.full((11, 1), 0.5))
     assert not np.any(drop_constant_groups()(rollout))
-    live = np.asarray(rollout.mask).any(axis=1)
+    live = np.atleast_1d(np.any(np.asarray(rollout.mask), axis=1))
     np.testing.assert_array_equal(drop_extreme_groups()(rollout), live)
     # A mean of equal rewards is that reward, also where a float mean would not be.
     rollout = dataclasses.replace(rollout, rewards=jnp.full((11, 1), 7.41, jnp.float32))

@@ -7,6 +7,7 @@ from .._checks import check_number
 from .._lifted import spell
 from .._masked import spread, token_share, zero_unmasked
 from .._types import Batch, PerToken, ScalarLike
+from .base import check_prepared
 from .factor import AbstractFactor
 
 
@@ -38,11 +39,7 @@ class AdaptiveEntropy(AbstractFactor):
 
     def __call__(self, scores, batch):
         del scores
-        if batch.prepared is None:
-            raise ValueError(
-                f"`{self!r}` reads `batch.prepared`, which is None; take the batch from "
-                "`algorithm.assign`, which prepares it on all rows of the rollout"
-            )
+        check_prepared(self, self.prepare, batch)
         return batch.prepared, {"policy/entropy_coef": batch.mean(batch.prepared)}
 
     def __repr__(self) -> str:

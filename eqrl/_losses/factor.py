@@ -111,7 +111,7 @@ class Kept(AbstractFactor):
         return keep.astype(batch.advantages.dtype), state
 
     def __call__(self, scores, batch):
-        check_prepared(self, Kept.prepare, batch)
+        check_prepared(self, self.prepare, batch)
         return batch.prepared, {"select/kept_frac": batch.mean(batch.prepared)}
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ from jax import lax
 from .._lifted import spell
 from .._masked import spread, zero_unmasked
 from .._select.base import AbstractSelection
+from .base import check_prepared
 from .factor import AbstractFactor, as_factor, before_update, with_prepared
 
 
@@ -32,11 +33,7 @@ class Normalised(AbstractFactor):
         return (prepared, spread(jnp.broadcast_to(mean, mask.shape[:1]), mask)), state
 
     def __call__(self, scores, batch):
-        if batch.prepared is None:
-            raise ValueError(
-                f"`{self!r}` reads `batch.prepared`, which is None; take the batch from "
-                "`algorithm.assign`, which prepares it on all rows of the rollout"
-            )
+        check_prepared(self, self.prepare, batch)
         prepared, mean = batch.prepared
         value, metrics = self.factor(scores, with_prepared(batch, prepared))
         some = mean > 0

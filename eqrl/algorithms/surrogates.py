@@ -149,9 +149,10 @@ def kl_cov(share: float = 0.0002, coef: float = 1.0) -> Algorithm:
 def m2po(budget: float = 0.04) -> Algorithm:
     r"""Second-moment trust: the stalest tokens leave, the rest is not clipped.
 
-    Scores standardised within the group; of the tokens that a clip could act on, those whose squared
-    log-ratio between trainer and sampler is largest are masked until its mean over the rest is at
-    most `budget`; unclipped surrogate, mean over all tokens. For rollouts of older policies.
+    Scores standardised within the group; of the tokens that a clip could act on, those whose
+    squared log-ratio between trainer and sampler is largest are masked until its mean over the
+    rest is at most `budget`; unclipped surrogate, mean over all tokens. For rollouts of older
+    policies.
 
     Differs between libraries: AReaL's counts all tokens (`m2po(budget, everywhere=True)`), and
     divides by kept ones (`normalised(m2po(budget))`).
