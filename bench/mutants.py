@@ -49,7 +49,7 @@ WIDE = (
     "test_presets.py", "test_algorithms.py", "test_invariants.py", "test_invariants_losses.py",
 )  # fmt: skip
 SHARED = ("base", "factor", "ratio", "weighting")
-TIMEOUT = 240  # seconds; a mutant that never ends is a killed one
+TIMEOUT = 900  # seconds; a mutant that never ends is a killed one
 
 _SWAPS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*",
@@ -209,7 +209,9 @@ def _pytest(folder: pathlib.Path, words: list[str]) -> bool:
     if child:
         return _wait(child)
     os.setsid()
-    devnull = os.open(os.environ.get("MUTANTS_LOG", os.devnull), os.O_WRONLY | os.O_CREAT)
+    devnull = os.open(
+        os.environ.get("MUTANTS_LOG", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    )
     os.dup2(devnull, 1)
     os.dup2(devnull, 2)
     os.chdir(folder)
@@ -219,6 +221,8 @@ def _pytest(folder: pathlib.Path, words: list[str]) -> bool:
     try:
         # pytest would say that plugins were imported before it could rewrite their asserts.
         options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore:Module already imported"]
+        # Of its own: sessions side by side clean up each other's temporary folders.
+        options += ["--basetemp", str(folder / "temporary")]
         code = int(pytest.main([*options, *words]))
     except BaseException:  # a mutant may raise anything, also at import
         code = 1

@@ -86,10 +86,11 @@ a completion's total after the signal was repeated over tokens is refused when i
 `as_score()` is the way back.
 
 **Who counts.** A row without a masked token (padding, or dropped by the algorithm's selection)
-enters no mean, no deviation and no denominator, and gets 0. A selection that stands as a factor of
-a loss term acts after the statistics, and changes none of them. A completion whose group has no
-other live row has nothing to be compared with: where the ids are known it is refused, under `jit`
-it gets 0. Equal scores give exactly 0, in any precision.
+enters no mean, no deviation and no denominator, and gets 0. In `a & b`, b judges what a has kept:
+put a rule on whole groups last. A selection that stands as a factor of a loss term acts after the
+statistics, and changes none of them. A completion whose group has no other live row has nothing to
+be compared with: where the ids are known it is refused, under `jit` it gets 0. Equal scores give
+exactly 0, in any precision.
 
 Each figure shows one batch of two groups of four completions, their rewards at the left.
 """,
@@ -101,7 +102,7 @@ and *factors* weigh them token by token without a gradient of their own:
 ```python
 from eqrl import clipped, entropy_bonus, geometric_ratio, kl, tis
 
-objective = tis(2.0) * clipped(0.2, 0.28) + 0.04 * kl() + -0.001 * entropy_bonus()
+objective = tis(2.0) * clipped(0.2, 0.28) + 0.04 * kl() + 0.001 * entropy_bonus()
 objective = clipped(3e-4, 4e-4, ratio=geometric_ratio())  # GSPO's
 ```
 
@@ -112,7 +113,8 @@ a gradient.
 The importance weight between trainer and sampler is
 $w_t = e^{\\log\\pi_{old}(t) - \\log\\pi_{roll}(t)}$. With `rollout.old_logprobs` absent (one update
 per rollout), the current log-probs stand in. Setting `old_logprobs` to the sampler's `logprobs`
-makes the ratio itself bear the mismatch ("bypass").
+("bypass"; `--algo.old-logprobs sampler`) makes the ratio itself bear the mismatch: a clip or `dppo`
+then holds back the drift from the policy that really sampled.
 
 A factor that masks leaves the denominator alone, so masking half of the tokens halves the step;
 `normalised(f)` divides by what is kept.

@@ -9,6 +9,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import numpy as np
 from jax.core import Tracer
 
 
@@ -62,7 +63,8 @@ def lift(fn: Callable, builder: Callable | None, hyperparameters: dict[str, Any]
 
 def number(x: Any) -> str:
     """A hyperparameter as it would be typed."""
-    if isinstance(x, jax.Array) and x.ndim == 0 and not isinstance(x, Tracer):
+    concrete = isinstance(x, jax.Array) and x.ndim == 0 and not isinstance(x, Tracer)
+    if concrete or isinstance(x, np.generic):
         x = x.item()
     return repr(x)
 

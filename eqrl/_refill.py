@@ -27,8 +27,9 @@ def refill(
     Args:
         sample: `round -> rollout` with rewards, of new prompts each round; every group has the
             same number of rows, and every round the same shapes.
-        select: `rollout -> keep[batch]`, for instance `drop_constant_groups()`. A group with a
-            dropped row is dropped.
+        select: `rollout -> keep[batch]`, for instance `drop_constant_groups()`. A group none of
+            whose rows is kept is replaced; of the others all rows stay, for the algorithm's own
+            selection to switch off.
         groups: how many live groups make a batch.
         rounds: further rounds after the first, at most.
 
@@ -60,10 +61,8 @@ def refill(
 
 
 def _live_rows(rollout: Rollout, keep: np.ndarray) -> tuple[np.ndarray, int]:
-    """Rows of the groups that were kept whole, and how many groups these are."""
+    """Rows of the groups of which something was kept, and how many groups these are."""
     group = np.asarray(rollout.group)
-    # A row that was empty before (its reward function failed) is no verdict on its group.
-    dropped = np.unique(group[~keep & np.asarray(rollout.mask).any(axis=1)])
-    alive = ~np.isin(group, dropped) & np.isin(group, group[keep])
+    alive = np.isin(group, group[keep])
     rows = np.flatnonzero(alive)
     return rows[np.argsort(group[rows], kind="stable")], len(np.unique(group[alive]))

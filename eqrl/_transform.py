@@ -114,6 +114,12 @@ class Chain(AbstractTransform[tuple]):
                     f"`{self.links[place - 1]!r}` before it would have no effect; put "
                     f"`{link!r}` first"
                 )
+            if link.gathers and place and spread_by is None:
+                raise ValueError(
+                    f"`{link!r}` gathers a score from a signal that is spread over tokens, but "
+                    f"`{self.links[place - 1]!r}` before it leaves rewards where they are, and all "
+                    f"but the last would be lost; leave `{link!r}` out"
+                )
             if link.reads_total and not link.starts and spread_by is not None:
                 raise ValueError(
                     f"`{link!r}` reads each completion's total reward, but `{spread_by!r}` "

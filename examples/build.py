@@ -14,6 +14,7 @@ import equinox as eqx
 import optax
 from options import Config, Optim
 
+import eqrl
 from eqrl import _optimizer, algorithms
 from eqrl._losses.base import AbstractTerm
 from eqrl._losses.weighting import Weighting
@@ -36,6 +37,7 @@ def build_algorithm(config: Config) -> algorithms.Algorithm:
     kinds = {
         "advantage": AbstractTransform,
         "objective": AbstractTerm,
+        "target": AbstractTransform,
         "weighting": Weighting,
         "selection": AbstractSelection,
     }
@@ -72,7 +74,7 @@ def plugin_builders(plugins: tuple[str, ...]) -> dict[str, Callable]:
     for plugin in plugins:
         try:
             module = _import(plugin)
-        except Exception as error:  # whatever a user's module raises, it is one sentence here
+        except (Exception, SystemExit) as error:  # whatever it raises is one sentence here
             raise ValueError(f"--plugins {plugin}: {type(error).__name__}: {error}") from None
         found |= {
             name: x
@@ -81,6 +83,9 @@ def plugin_builders(plugins: tuple[str, ...]) -> dict[str, Callable]:
             and x.__module__ == module.__name__
             and not name.startswith("_")
         }
+    taken = sorted(found.keys() & vars(eqrl).keys())
+    if taken:
+        raise ValueError(f"--plugins: `{taken[0]}` is a name of eqrl's own; choose another")
     return found
 
 
@@ -92,10 +97,10 @@ def _import(plugin: str) -> types.ModuleType:
         finally:
             sys.path.pop(0)
     path = pathlib.Path(plugin)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"plugin_{path.stem}"  # a file may bear the name of a module that is loaded already
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
     return module
 

@@ -162,6 +162,12 @@ def resolve(config: AnyConfig) -> AnyConfig:
     return config
 
 
+# On the first update every surrogate has the same gradient; these are chosen for what comes after.
+_SURROGATES = {
+    "gspo", "luspo", "cispo", "sapo", "gmpo", "dppo", "vespo", "clip_cov", "kl_cov", "m2po",
+}  # fmt: skip
+
+
 def _fill(config: AnyConfig) -> AnyConfig:
     demo = config.model == "demo"
     name = config.algo.name
@@ -174,7 +180,7 @@ def _fill(config: AnyConfig) -> AnyConfig:
         algo=_filled(
             config.algo,
             epochs=2 if name in ("ppo", "vapo") else 1,
-            minibatches=4 if name in ("ppo", "vapo") else 1,
+            minibatches=4 if name in ("ppo", "vapo") else 2 if name in _SURROGATES else 1,
             max_refills=3 if name == "dapo" else None,
         ),
         data=_filled(config.data, eval_split="held_out" if config.data.path == "demo" else "test"),
@@ -244,6 +250,11 @@ def _check_algorithm(config: Config, algorithm: algorithms.Algorithm, critic: bo
         raise ValueError(
             f"--algo.advantage or --algo.objective reads a critic's values, but {name} trains "
             "none; use --algo.name ppo"
+        )
+    if critic and "values" not in algorithm.objective.requires:
+        raise ValueError(
+            f"--algo.objective {algorithm.objective!r} trains no critic, but the advantage or the "
+            "target reads its values; add ` + 0.5 * value_loss()`"
         )
     if algo.epochs * algo.minibatches > 1 and "reinforce()" in repr(algorithm.objective):
         flag = "--algo.epochs" if algo.epochs > 1 else "--algo.minibatches"

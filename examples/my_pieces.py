@@ -25,10 +25,9 @@ class record(eqrl.AbstractTransform):
         return jnp.zeros(())
 
     def update(self, signal, state, rollout):
-        total = eqrl.row_total(signal, rollout.mask)
-        return eqrl.spread(total - state, rollout.mask), jnp.maximum(
-            self.decay * state, total.max()
-        )
+        total, live = eqrl.row_total(signal, rollout.mask), eqrl.live_rows(rollout.mask)
+        best = jnp.max(jnp.where(live, total, -jnp.inf))
+        return eqrl.spread(total - state, rollout.mask), jnp.maximum(self.decay * state, best)
 
 
 def smooth(width: float = 0.2):

@@ -43,12 +43,16 @@ class Algo:
     """another reduction, e.g. "token_mean()\""""
     selection: OpenText = None
     """another selection, e.g. "drop_truncated()\""""
+    target: OpenText = None
+    """another value target, e.g. "gae(lam=1.0) | add_values()\""""
+    old_logprobs: Literal["trainer", "sampler"] = "trainer"
+    """whose log-probs of the rollout the ratio is against"""
     kl: OpenNumber = None
     """KL coefficient (default: the algorithm's own)"""
     epochs: OpenCount = None
-    """passes over each rollout (default: ppo 2, else 1)"""
+    """passes over each rollout (default: ppo, vapo 2, else 1)"""
     minibatches: OpenCount = None
-    """updates per pass (default: ppo 4, else 1)"""
+    """updates per pass (default: ppo, vapo 4; new surrogates, gspo and on, 2; else 1)"""
     max_refills: OpenCount = None
     """dynamic sampling: extra rollouts per step at most (default: dapo 3)"""
 

@@ -47,6 +47,7 @@ def collect(
     Reward and length metrics describe everything that was sampled, not only what survives.
     """
     sampled: list[tuple[eqrl.Rollout, rewards.Scored]] = []
+    baselines: list[tuple[eqrl.Rollout, rewards.Scored]] = []
     prompts = run.config.rollout.prompts or 1
     key = jr.fold_in(jr.key(run.config.seed), step)
 
@@ -63,7 +64,8 @@ def collect(
         rollout = dataclasses.replace(rollout, version=version)
         sampled.append((rollout, scored))
         if "greedy_rewards" in run.algorithm.requires:
-            rollout = _with_greedy(run, state, rollout, batch, rows)
+            rollout, judged = _with_greedy(run, state, rollout, batch, rows)
+            baselines.append(judged)
         return rollout
 
     if run.algorithm.selection is None or not run.config.algo.max_refills:
@@ -72,7 +74,7 @@ def collect(
         rollout, metrics = eqrl.refill(
             sample, run.algorithm.selection, prompts, rounds=run.config.algo.max_refills
         )
-    return rollout, metrics | _described(run, sampled)
+    return rollout, metrics | _described(run, sampled, baselines)
 
 
 def _with_greedy(
@@ -81,7 +83,7 @@ def _with_greedy(
     rollout: eqrl.Rollout,
     batch: eqrl.Prompts,
     rows: Sequence[int],
-) -> eqrl.Rollout:
+) -> tuple[eqrl.Rollout, tuple[eqrl.Rollout, rewards.Scored]]:
     """The rollout with the reward of one greedy completion per prompt, on all rows of the prompt.
 
     Where that reward failed there is no baseline, and the prompt trains nothing.
@@ -91,16 +93,24 @@ def _with_greedy(
         greedy = best(state.policy, batch, key=jr.key(0))
         jax.block_until_ready(greedy)
     with run.timer("reward"):
-        greedy, _ = _reward(run, greedy, rows)
+        greedy, scored = _reward(run, greedy, rows)
     total = rewards.weighted(np.asarray(greedy.rewards), [w for w in run.weights if w != 0])
     samples = rollout.group.shape[0] // len(rows)
     known = np.repeat(np.asarray(greedy.mask).any(axis=1), samples)
-    baseline = jnp.asarray(np.repeat(np.where(np.isfinite(total), total, 0), samples))
-    return dataclasses.replace(eqrl.apply(rollout, jnp.asarray(known)), greedy_rewards=baseline)
+    baseline = jnp.asarray(np.repeat(total, samples))
+    rollout = eqrl.apply(rollout, jnp.asarray(known))
+    return dataclasses.replace(rollout, greedy_rewards=baseline), (greedy, scored)
 
 
-def _described(run: Run, sampled: list[tuple[eqrl.Rollout, rewards.Scored]]) -> dict[str, Any]:
-    """Metrics of all rounds of a step; groups of different rounds are different groups."""
+def _described(
+    run: Run,
+    sampled: list[tuple[eqrl.Rollout, rewards.Scored]],
+    baselines: list[tuple[eqrl.Rollout, rewards.Scored]],
+) -> dict[str, Any]:
+    """Metrics of all rounds of a step; groups of different rounds are different groups.
+
+    Greedy completions count as sampled tokens and where their reward failed, nowhere else.
+    """
     parts, rows = [], 0
     for rollout, scored in sampled:
         components = jnp.asarray(scored.components)
@@ -110,9 +120,9 @@ def _described(run: Run, sampled: list[tuple[eqrl.Rollout, rewards.Scored]]) -> 
     total = rewards.weighted(np.asarray(whole.rewards), run.weights)
     found = eqrl.rollout_metrics(whole, total, rewards.reward_names(run.task.rewards))
     return found | {
-        "reward_fn/errors": float(sum(scored.errors for _, scored in sampled)),
-        "reward_fn/timeouts": float(sum(scored.timeouts for _, scored in sampled)),
-        "sampled": float(np.asarray(whole.mask).sum()),
+        "reward_fn/errors": float(sum(scored.errors for _, scored in sampled + baselines)),
+        "reward_fn/timeouts": float(sum(scored.timeouts for _, scored in sampled + baselines)),
+        "sampled": float(sum(np.asarray(r.mask).sum() for r, _ in [*sampled, *baselines])),
     }
 
 
@@ -156,6 +166,9 @@ def learn(
     metrics = {}
     count, epochs = config.algo.minibatches or 1, config.algo.epochs or 1
     requires = algorithm.requires | ({"old_logprobs"} if count * epochs > 1 else set())
+    if config.algo.old_logprobs == "sampler":
+        rollout = dataclasses.replace(rollout, old_logprobs=rollout.logprobs)
+        requires -= {"old_logprobs"}
     options = {
         "temperature": config.rollout.temperature,
         "implementation": run.implementation,

@@ -87,6 +87,9 @@ def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | 
         (record.get("key", record["question"]) for record in task.held_out),
     )
     weights = _weights(config, task)
+    # An algorithm that folds the components itself (gdpo) takes the same weights.
+    reward = dataclasses.replace(config.reward, weights=weights)
+    config = dataclasses.replace(config, reward=reward)
     loaded = models.load(
         str(DEMO) if config.model == "demo" else config.model, dtype=jnp.dtype(config.dtype)
     )

@@ -12,6 +12,7 @@ import pytest
 from test_advantages import GAP, VALUES, live_scores, one_row, one_token_rows, run
 
 from eqrl import _advantages as signals
+from eqrl._transform import check_groups
 from eqrl._parse import parse
 from eqrl._types import Rollout
 
@@ -527,3 +528,27 @@ def test_names_and_order_of_groups_do_not_matter(transform, x64):
 def test_impossible_hyperparameters_are_refused(build, named):
     with pytest.raises(ValueError, match=f"^{named}.*; pass "):
         build()
+
+
+def test_a_score_is_gathered_only_from_what_was_spread():
+    with pytest.raises(ValueError, match=r"`as_score\(\)` gathers.*`kl_penalty\(0.1\)` before it"):
+        signals.kl_penalty(0.1) | signals.as_score()
+    assert not (signals.rloo() | signals.as_score()).spreads
+
+
+def test_pass_at_k_needs_k_completions():
+    for k in (2, 5):
+        with pytest.raises(ValueError, match=f"at least {k} per prompt"):
+            check_groups(signals.pass_at_k(k), k - 1)
+        check_groups(signals.pass_at_k(k), k)
+
+
+def test_a_lone_row_with_gaps_is_refused_and_a_lone_empty_row_is_not():
+    signal, rollout = oracles.world()
+    lone = dataclasses.replace(rollout, group=rollout.group.at[0].set(10))
+    assert 0 < int(lone.mask[0].sum()) < 8
+    with pytest.raises(ValueError, match="group 10"):
+        signals.rloo()(signal, lone)
+    empty = dataclasses.replace(rollout, group=rollout.group.at[5].set(10))
+    assert not np.any(empty.mask[5])
+    signals.rloo()(signal, empty)

@@ -10,7 +10,7 @@ import oracles
 import pytest
 
 from eqrl import _advantages as signals, _losses as losses, algorithms
-from eqrl._select import drop_constant_groups
+from eqrl._select import drop_constant_groups, drop_truncated
 from eqrl._select.base import apply
 from eqrl._types import Batch, Scores
 from eqrl.algorithms import Algorithm
@@ -354,3 +354,43 @@ def test_an_algorithm_is_a_pytree_argument():
         np.testing.assert_allclose(
             loss(algorithm, scores), algorithm.loss(scores, batch)[0], rtol=1e-5, atol=1e-6
         )
+
+
+def test_an_advantage_that_stays_on_last_tokens_is_refused():
+    objective, weighting = losses.reinforce(), losses.token_mean()
+    for advantage in (signals.gdpo(), signals.component(0), signals.rloo() | signals.as_score()):
+        with pytest.raises(ValueError, match="only last tokens would train"):
+            Algorithm(advantage, objective, weighting)
+    Algorithm(signals.gdpo() | signals.returns(), objective, weighting)
+    Algorithm(signals.rloo() | signals.as_score() | signals.batch_norm(), objective, weighting)
+
+
+def test_what_is_prepared_has_the_shape_of_the_mask():
+    def fn(scores, batch):
+        return -batch.advantages, {}
+
+    wrong = losses.base.term(fn, prepare=lambda batch: jnp.sum(batch.advantages))
+    algorithm = Algorithm(signals.batch_center(), wrong, losses.token_mean())
+    signal, rollout, _ = graded_world()
+    with pytest.raises(ValueError, match=r"prepared an array of shape \(\).*\(11, 8\)"):
+        algorithm.assign(signal, algorithm.init(), rollout)
+
+
+def test_group_rules_stand_last():
+    # Three right, one wrong but cut off: without the last the group teaches nothing.
+    _, rollout, _ = graded_world()
+    rollout = jax.tree.map(lambda x: x[:4], rollout)
+    rollout = dataclasses.replace(
+        rollout,
+        mask=jnp.ones_like(rollout.mask),
+        group=jnp.zeros(4, jnp.int32),
+        truncated=jnp.arange(4) == 3,
+        rewards=jnp.asarray([[1.0], [1.0], [1.0], [0.0]]),
+    )
+    rows_first = drop_truncated() & drop_constant_groups()
+    assert not np.any(rows_first(rollout))
+    group_first = drop_constant_groups() & drop_truncated()
+    np.testing.assert_array_equal(group_first(rollout), [True, True, True, False])
+    algorithm = dataclasses.replace(algorithms.grpo(), selection=rows_first)
+    once = algorithm.select(rollout)
+    np.testing.assert_array_equal(algorithm.select(once).mask, once.mask)

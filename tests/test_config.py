@@ -133,6 +133,21 @@ def test_weighting_and_selection_are_expressions_too(capsys):
     assert "its own flag" in refused(capsys, "--algo.selection", "token_mean()")
 
 
+def test_targets_and_old_log_probs():
+    chosen = cli.parse(
+        ["--algo.name", "ppo", "--algo.advantage", "turn_gae() | whiten()"]
+        + ["--algo.target", "turn_returns()", "--algo.old-logprobs", "sampler"]
+    )
+    algorithm = build_algorithm(chosen)
+    assert repr(algorithm.target) == "turn_returns()"
+    assert chosen.algo.old_logprobs == "sampler"
+
+
+def test_a_surrogate_gets_updates_in_which_it_differs():
+    for name, updates in (("grpo", 1), ("gspo", 2), ("m2po", 2), ("vapo", 8)):
+        assert cli.derived(cli.parse(["--algo.name", name]))["updates_per_step"] == updates
+
+
 def test_gdpo_takes_the_weights_of_the_rewards():
     chosen = cli.parse(["--algo.name", "gdpo", "--reward.weights", "1", "0", "0.25"])
     assert repr(build_algorithm(chosen).advantage) == "gdpo(1.0, 0.25) | batch_norm()"
@@ -178,6 +193,12 @@ def test_a_plugin_that_does_not_load_is_one_sentence(tmp_path, capsys):
     assert "ZeroDivisionError" in refused(capsys, "--plugins", str(broken))
     assert "no_such_module" in refused(capsys, "--plugins", "no_such_module")
     assert "FileNotFoundError" in refused(capsys, "--plugins", "nowhere.py")
+    taken = tmp_path / "taken.py"
+    taken.write_text("def clip():\n    pass\n")
+    assert "`clip` is a name of eqrl's own" in refused(capsys, "--plugins", str(taken))
+    leaves_early = tmp_path / "config.py"  # also the name of a module that is loaded
+    leaves_early.write_text("raise SystemExit(3)")
+    assert "SystemExit" in refused(capsys, "--plugins", str(leaves_early))
     # Only what the module itself defines: `eqx` and `_doubled` are no builders.
     own = tmp_path / "own.py"
     own.write_text(PLUGIN)
@@ -245,6 +266,7 @@ def test_derived_numbers():
         ("--optim.warmup-ratio 0.1", "--optim.warmup-ratio", "--optim.schedule warmup_cosine"),
         ("--resume nowhere", "--resume", "auto, never or a run folder"),
         ("--algo.advantage gae()", "values", "--algo.name ppo"),
+        ("--algo.name ppo --algo.objective clipped()", "trains no critic", "value_loss()"),
         ("--algo.advantage clipped()", "--algo.advantage", "its own flag"),
         ("--algo.objective cliped()", "--algo.objective", "`clipped`"),
         ("--config nowhere.yaml", "--config", "YAML file"),

@@ -203,7 +203,23 @@ def test_normalised_nothing_is_nothing(x64):
 
 def test_normalised_keeps_the_state_and_requirements_of_its_factor():
     piece = losses.normalised(losses.adaptive_entropy(0.5, start=0.5) * losses.top_entropy())
-    assert piece.requires == {"old_entropy", "old_logprobs"}
+    assert piece.requires == {"old_entropy"}  # neither reads the policy in training
     _, batch = oracles.loss_world()
     _, state = piece.prepare(batch, piece.init())
     assert float(state[0]) != 0.5
+
+
+def test_normalised_asks_for_old_log_probs_only_where_they_are_read():
+    signal, rollout = oracles.world()
+    bare = dataclasses.replace(rollout, old_logprobs=None)
+    for free in (drop_truncated(), losses.top_entropy(), 0.5 * losses.top_entropy()):
+        piece = losses.normalised(free)
+        assert "old_logprobs" not in piece.requires
+        scores, batch = oracles.loss_world()
+        batch = dataclasses.replace(batch, rollout=bare)
+        prepared, _ = piece.prepare(batch, piece.init())
+        value, _ = piece(scores, dataclasses.replace(batch, prepared=prepared))
+        mean = np.sum(batch.weights * value) / np.sum(batch.weights)
+        np.testing.assert_allclose(mean, 1.0, rtol=1e-5)
+    for read in (losses.tis(), losses.tis() * drop_truncated()):
+        assert "old_logprobs" in losses.normalised(read).requires

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from eqrl import _advantages as signals, _losses as losses
@@ -197,3 +198,8 @@ def test_users_builders_join_by_name():
     # The caret counts characters, not the bytes that Python's syntax tree counts.
     with pytest.raises(ValueError, match=r"`twce`(.|\n)*\n {11}\^$"):
         parse("é(2.0) | twce()", names={"é": twice, "twice": twice})
+
+
+def test_numpy_numbers_print_as_numbers():
+    assert repr(signals.clip(np.float64(5.0))) == "clip(5.0)"
+    assert repr(np.float32(0.5) * losses.kl()) == "0.5 * kl()"

@@ -16,7 +16,7 @@ from test_algorithms import graded_world, gradient
 
 from eqrl import algorithms, presets
 from eqrl._parse import parse
-from eqrl._types import Rollout
+from eqrl._types import Rollout, Scores
 
 
 # OpenRLHF's order after the baseline.
@@ -41,7 +41,7 @@ WIRING = {
         "clipped(low=0.0003, high=0.0004, ratio=geometric_ratio())",
         "sequence_sum()",
     ),
-    "algorithms.m2po()": ("group_norm()", "m2po() * unclipped()", "token_mean()"),
+    "algorithms.m2po()": ("group_norm()", "m2po() * tis(cap=None) * unclipped()", "token_mean()"),
     "algorithms.max_rl()": ("max_rl()", "reinforce()", "sequence_sum()"),
     "algorithms.opo()": ("opo()", "reinforce()", "sequence_sum()"),
     "algorithms.pkpo(2)": ("pass_at_k(2)", "reinforce()", "sequence_sum()"),
@@ -69,9 +69,20 @@ WIRING = {
     "trl.grpo()": ("group_norm(eps=0.0001)", "sequence_mask() * clipped()", "token_mean()"),
     "trl.gspo()": (
         "group_norm(eps=0.0001)",
-        "sequence_mask() * clipped(low=0.0003, high=0.0004, ratio=geometric_ratio())",
+        "sequence_mask() * clipped(ratio=geometric_ratio())",
         "token_mean()",
     ),
+    "trl.lite_ppo()": (
+        "group_norm(eps=0.0001, deviation='batch')",
+        "sequence_mask() * clipped()",
+        "token_mean()",
+    ),
+    "trl.luspo()": (
+        "group_norm(eps=0.0001)",
+        "sequence_mask() * clipped(ratio=geometric_ratio())",
+        "sequence_sum(count_empty=True)",
+    ),
+    "trl.vespo()": ("group_norm(eps=0.0001)", "sequence_mask() * vespo()", "token_mean()"),
     "trl.ppo()": (
         "kl_penalty(0.05) | gae() | whiten()",
         "clipped() + 0.1 * value_loss()",
@@ -112,9 +123,13 @@ WIRING = {
     "verl.grpo_passk(4)": ("pass_at_k(4, eps=1e-06)", "clipped(dual=3.0)", "token_mean()"),
     "verl.gspo()": (
         "group_norm()",
-        "clipped(low=0.0003, high=0.0004, ratio=geometric_token_ratio())",
+        "clipped(ratio=geometric_token_ratio())",
         "sequence_mean()",
     ),
+    "verl.sapo()": ("group_norm()", "sapo()", "sequence_mean()"),
+    "verl.clip_cov()": ("group_norm()", "clip_cov()", "token_mean()"),
+    "verl.kl_cov()": ("group_norm()", "kl_cov(coef=0.1)", "token_mean()"),
+    "verl.dppo()": ("group_norm()", "dppo()", "token_mean()"),
     "verl.opo()": ("opo()", "clipped(dual=3.0)", "token_mean()"),
     "verl.ppo()": (
         "gae(lam=1.0) | whiten()",
@@ -386,6 +401,47 @@ def test_the_length_penalty_has_no_cap(call, past, x64):
     np.testing.assert_allclose(batch.advantages[:, 0], expected, rtol=1e-9)
 
 
+# Appendix A: log-ratios of two completions, the second of two tokens, with advantages 1 and -1.
+MOVED = np.array([[0.3, -0.1, 0.2, 0.0], [-0.4, 0.1, 0.0, 0.0]])
+SEEN = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
+SIDE = np.array([[1.0], [-1.0]])
+VALUES = {
+    "algorithms.gspo()": [[-1.0004], [0.9997]],
+    "algorithms.luspo()": [[-1.0004], [0.9997]],
+    "trl.gspo()": [[-1.105171], [0.860708]],  # clip 0.2: not held
+    "verl.gspo()": [[-1.105171], [0.860708]],
+    "algorithms.gmpo()": [[-1.105171], [0.860708]],
+    "verl.geo_mean()": [[-1.077884], [0.951229]],
+    "algorithms.sapo()": -SIDE * [[2.346333, 1.904909, 2.220503, 2.0], [1.578335, 2.009826, 0, 0]],
+    "trl.sapo()": -SIDE * [[2.346333, 1.904909, 2.220503, 2.0], [1.578335, 2.009826, 0, 0]],
+    "verl.sapo()": -SIDE * [[2.346333, 1.904909, 2.220503, 2.0], [1.578335, 2.009826, 0, 0]],
+    "algorithms.cispo()": -SIDE * [[1.349859, 0.904837, 1.221403, 1.0], [0.67032, 1.105171, 0, 0]],
+    "trl.cispo()": -SIDE * [[1.349859, 0.904837, 1.221403, 1.0], [0.67032, 1.105171, 0, 0]],
+    "verl.cispo()": -SIDE * [[1.2, 0.904837, 1.2, 1.0], [0.8, 1.105171, 0, 0]],
+    "verl.grpo()": [[-1.2, -0.904837, -1.2, -1.0], [0.8, 1.105171, 0, 0]],
+    "tunix.grpo()": [[-1.2, -0.904837, -1.2, -1.0], [0.8, 1.105171, 0, 0]],
+    "tunix.dapo(8, 2)": [[-1.28, -0.904837, -1.221403, -1.0], [0.8, 1.105171, 0, 0]],
+    "predecessor.grpo()": [[-1.3, -0.904837, -1.221403, -1.0], [0.8, 1.105171, 0, 0]],
+    "openrlhf.rloo()": [[-1.2, -0.904837, -1.2, -1.0], [0.8, 1.105171, 0, 0]],
+    "trl.rloo()": [[-1.2], [0.8]],  # products e^.4 and e^-.3, both held
+}
+
+
+@pytest.mark.parametrize("call", VALUES)
+def test_golden_values_of_the_objectives(call, x64):
+    signal, rollout = group([1.0, 0.0], [4, 2])
+    batch, _ = build(call).assign(signal, build(call).init(), rollout)
+    np.testing.assert_array_equal(rollout.mask, SEEN)
+    batch = dataclasses.replace(batch, advantages=jnp.asarray(SIDE * SEEN))
+    scores = Scores(jnp.asarray(MOVED), jnp.zeros((2, 4)))
+    # The reference and the sampler agree with the old policy here.
+    objective = build(call).objective
+    objective = objective.left if "kl(" in repr(objective) else objective
+    value, _ = objective(scores, batch)
+    expected = np.where(SEEN, np.asarray(VALUES[call]), 0.0)
+    np.testing.assert_allclose(value, expected, atol=1e-6, rtol=0)
+
+
 # --- what they say of one another -----------------------------------------------------------------
 
 
@@ -422,7 +478,10 @@ def test_the_token_form_of_gspo_has_the_gradient_of_the_sequence_form(x64):
     paper = gradient(algorithms.gspo(), signal, rollout, scores)
     assert np.any(np.asarray(paper) != 0)
     np.testing.assert_allclose(
-        gradient(presets.verl.gspo(), signal, rollout, scores), paper, rtol=1e-10, atol=1e-15
+        gradient(presets.verl.gspo(3e-4, 4e-4), signal, rollout, scores),
+        paper,
+        rtol=1e-10,
+        atol=1e-15,
     )
 
 

@@ -64,3 +64,19 @@ def test_a_row_whose_reward_failed_does_not_condemn_its_group():
     rollout, metrics = eqrl.refill(broken, differs, 3, rounds=0)
     assert metrics["select/live_groups"] == 3
     assert not np.asarray(rollout.mask)[1].any() and np.asarray(rollout.mask)[0].any()
+
+
+def test_one_dropped_row_does_not_condemn_its_group():
+    sample, calls = _rounds([[0], []])
+
+    def truncated(round):
+        flags = jnp.arange(6) == 5
+        return dataclasses.replace(sample(round), truncated=flags & (round == 0))
+
+    select = eqrl.drop_constant_groups() & eqrl.drop_truncated()
+    rollout, metrics = eqrl.refill(truncated, select, 3, rounds=3)
+    assert calls == [0, 1] and metrics["select/live_groups"] == 3
+    # Groups 1 and 2 of the first round, whole, and the first group of the second.
+    want = [sample(0).tokens[2:6], sample(1).tokens[0:2]]
+    np.testing.assert_array_equal(np.asarray(rollout.tokens), np.concatenate(want))
+    assert np.asarray(rollout.mask).any(axis=1).all()

@@ -1,5 +1,6 @@
 """The whole loop, tiny: every algorithm runs, faults cost little, and nothing is lost."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -79,6 +80,25 @@ def test_every_algorithm_moves_the_policy_and_leaves_a_whole_folder(name, tmp_pa
     assert yaml.safe_load((folder / "config.yaml").read_text())["algo"]["name"] == name
     assert (folder / "curve.png").stat().st_size > 5_000
     assert "held-out accuracy" in capsys.readouterr().out
+
+
+def test_the_ratio_can_be_against_the_sampler(tmp_path):
+    words = ["--steps", "1", "--algo.name", "dppo", "--algo.old-logprobs", "sampler"]
+    words += ["--eval.full", "None", "--run-dir", str(tmp_path / "run")]
+    assert train(parse([*TINY, *words]), lambda config: _task()) == 0
+    (line,) = [line for line in _metrics(tmp_path / "run") if "loss/total" in line]
+    # The sampler's numbers are the trainer's, and now stand for them to the last digit.
+    assert line["mismatch/logp_abs_max"] == 0
+    assert 0 < abs(line["policy/ratio_max"] - 1)
+
+
+def test_gdpo_weighs_components_as_the_task_does(tmp_path):
+    words = ["--steps", "0", "--algo.name", "gdpo", "--eval.full", "None"]
+    config = parse([*TINY, *words, "--run-dir", str(tmp_path / "run")])
+    task = dataclasses.replace(_task(), weights=(1.0, 0.25))
+    assert train(config, lambda config: task) == 0
+    written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert written["derived"]["algorithm"]["advantage"] == "gdpo(1.0, 0.25) | batch_norm()"
 
 
 def test_a_reward_that_raises_or_hangs_costs_samples_and_never_the_run(tmp_path):

@@ -61,7 +61,13 @@ def pass_at_k(k: ScalarLike, *, eps: ScalarLike | None = None) -> Stateless:
     if eps is not None:
         check_number("eps", eps, least=0)
     return stateless(
-        _pass_at_k, builder=pass_at_k, reads_total=True, spreads=True, min_group=2, k=k, eps=eps
+        _pass_at_k,
+        builder=pass_at_k,
+        reads_total=True,
+        spreads=True,
+        min_group=2 if isinstance(k, jax.Array) else int(k),
+        k=k,
+        eps=eps,
     )
 
 

@@ -21,6 +21,7 @@ class AdaptiveEntropy(AbstractFactor):
     most: ScalarLike
 
     requires = frozenset({"old_entropy"})
+    reads_scores = False
 
     def init(self) -> Float[Array, ""]:
         return jnp.asarray(self.start, jnp.result_type(float))

@@ -12,7 +12,7 @@ after they have taken part in every statistic.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import equinox as eqx
 import jax
@@ -28,7 +28,13 @@ from .base import AbstractTerm, Pair, Prepares, check_prepared, in_product, prep
 
 
 class AbstractFactor(Prepares):
-    """A per-token coefficient."""
+    """A per-token coefficient.
+
+    Attributes:
+        reads_scores: False if it is the same whatever the policy in training says.
+    """
+
+    reads_scores: ClassVar[bool] = True
 
     @abc.abstractmethod
     def __call__(self, scores: Scores, batch: Batch) -> tuple[PerToken, Metrics]:
@@ -56,6 +62,10 @@ class Product(Pair, AbstractFactor):
 
     left: AbstractFactor
     right: AbstractFactor
+
+    @property
+    def reads_scores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.left.reads_scores or self.right.reads_scores
 
     def __call__(self, scores, batch):
         left_batch, right_batch = self.halves(batch)
@@ -90,6 +100,8 @@ class Constant(AbstractFactor):
 
     value: ScalarLike
 
+    reads_scores = False
+
     def __call__(self, scores, batch):
         dtype = batch.advantages.dtype
         everywhere = jnp.broadcast_to(jnp.asarray(self.value, dtype), batch.advantages.shape)
@@ -103,6 +115,8 @@ class Kept(AbstractFactor):
     """A selection as a factor: 1 on the tokens of kept rows, 0 on those of the others."""
 
     selection: AbstractSelection
+
+    reads_scores = False
 
     def prepare(self, batch, state):
         # On all rows: a selection may compare rows of one group.
@@ -133,6 +147,7 @@ class Factor(AbstractFactor):
 
     lifted: Lifted
     requires: frozenset[str] = eqx.field(static=True)  # pyright: ignore
+    reads_scores: bool = eqx.field(static=True)  # pyright: ignore
     preparing: Callable[..., PyTree] | None = eqx.field(static=True)
 
     def prepare(self, batch, state):
@@ -153,6 +168,7 @@ def factor(
     builder: Callable | None = None,
     requires: tuple[str, ...] = (),
     prepare: Callable[..., PyTree] | None = None,
+    reads_scores: bool = True,
     **hyperparameters: Any,
 ) -> Factor:
     """Lifts a typed function to a factor.
@@ -162,21 +178,32 @@ def factor(
         builder: the public function that the factor prints as; `fn` itself by default.
         requires: optional `Rollout` fields that `fn` or `prepare` reads.
         prepare: see `term`.
+        reads_scores: see `AbstractFactor`.
         **hyperparameters: passed to both by keyword.
 
     Returns:
         A factor that multiplies, prints and compares like the built-in ones.
     """
     lifted = lift(fn, builder, hyperparameters)
-    return Factor(lifted=lifted, requires=frozenset(requires), preparing=prepare)
+    return Factor(
+        lifted=lifted,
+        requires=frozenset(requires),
+        reads_scores=reads_scores,
+        preparing=prepare,
+    )
 
 
-def before_update(batch: Batch) -> Scores:
-    """What the policy that sampled would score, for factors that are judged in `prepare`."""
+def before_update(batch: Batch, needed: bool = True) -> Scores:
+    """What the policy that sampled would score, for factors that are judged in `prepare`.
+
+    Args:
+        batch: all rows of a rollout.
+        needed: whether the log-probs are read; if not, they may be absent.
+    """
     rollout = batch.rollout
-    mask = rollout.mask
-    old = rollout.need("old_logprobs")
-    entropy = jnp.zeros_like(old) if rollout.old_entropy is None else rollout.old_entropy
+    mask, nothing = rollout.mask, jnp.zeros_like(batch.advantages)
+    old = rollout.need("old_logprobs") if needed else nothing
+    entropy = nothing if rollout.old_entropy is None else rollout.old_entropy
     return Scores(zero_unmasked(old, mask), zero_unmasked(entropy, mask), rollout.values)
 
 

@@ -47,7 +47,9 @@ def _gmpo(
     too_high = (delta > high) & (advantage > 0)
     bounded = jnp.where(too_low, -low, jnp.where(too_high, high, delta))
     length = jnp.maximum(row_length(mask), 1).astype(delta.dtype)
-    value = -advantage * jnp.exp(spread(row_total(bounded, mask) / length, mask))
+    mean = spread(row_total(bounded, mask) / length, mask)
+    # Without an advantage an overflow of the exponential would be 0 * inf.
+    value = -advantage * jnp.exp(jnp.where(advantage == 0, jnp.zeros_like(mean), mean))
     metrics = {
         "loss/policy": weighted(value, batch),
         "policy/clip_low_frac": batch.mean(too_low.astype(delta.dtype)),

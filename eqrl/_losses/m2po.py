@@ -16,8 +16,8 @@ def m2po(budget: ScalarLike = 0.04, *, everywhere: bool = False) -> Factor:
     until the mean of $d_t^2$ over those that remain is at most `budget`; the others give 1. Counted
     are only tokens that PPO's clip could act on, $A_t d_t > 0$ (drifted where the advantage
     pushes); the rest always give 1. `everywhere=True` counts all masked tokens. The population is
-    the rollout, not a micro-batch; tokens of equal $d_t^2$ leave together. It replaces the clip:
-    `m2po() * unclipped()`.
+    the rollout, not a micro-batch; tokens of equal $d_t^2$ leave together. It replaces the clip;
+    those that stay bear the whole ratio to the sampler: `m2po() * tis(None) * unclipped()`.
 
     Differs between libraries: AReaL counts all tokens, in each micro-batch anew, and divides by the
     tokens it keeps; the paper divides by all, as here. The paper takes the policy in training in
@@ -38,6 +38,7 @@ def m2po(budget: ScalarLike = 0.04, *, everywhere: bool = False) -> Factor:
         builder=m2po,
         requires=("old_logprobs",),
         prepare=_m2po,
+        reads_scores=False,
         budget=budget,
         everywhere=everywhere,
     )

@@ -17,7 +17,12 @@ class Normalised(AbstractFactor):
 
     @property
     def requires(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.factor.requires | {"old_logprobs"}
+        judged = {"old_logprobs"} if self.factor.reads_scores else set()
+        return self.factor.requires | judged
+
+    @property
+    def reads_scores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.factor.reads_scores
 
     def init(self):
         return self.factor.init()
@@ -25,7 +30,9 @@ class Normalised(AbstractFactor):
     def prepare(self, batch, state):
         mask = batch.rollout.mask
         prepared, state = self.factor.prepare(batch, state)
-        value, _ = self.factor(before_update(batch), with_prepared(batch, prepared))
+        value, _ = self.factor(
+            before_update(batch, self.reads_scores), with_prepared(batch, prepared)
+        )
         weights = zero_unmasked(batch.weights, mask)
         total = jnp.sum(weights)
         safe = jnp.where(total > 0, total, jnp.ones_like(total))
@@ -50,7 +57,7 @@ def normalised(factor: AbstractFactor | AbstractSelection) -> Normalised:
 
     $f_t / c$ with $c = \sum_t \omega_t f_t / \sum_t \omega_t$, where $\omega$ are the weights of
     the reduction, and the sums run over all masked tokens of the rollout, with $f$ judged at the
-    policy that sampled (`rollout.old_logprobs`), before any update. Of a mask, what remains
+    policy that sampled (`rollout.old_logprobs`, where $f$ depends on it). Of a mask, what remains
     carries the full weight: under `token_mean()`, "divide by kept tokens". Of importance weights,
     this is self-normalised importance sampling: their mean becomes 1. 0 everywhere if nothing is
     kept ($c = 0$). A minibatch is divided by the $c$ of its whole rollout.
@@ -63,7 +70,7 @@ def normalised(factor: AbstractFactor | AbstractSelection) -> Normalised:
 
     Returns:
         A factor with the metrics of `factor` (taken before the division) and `policy/factor_mean`
-        (c); requires `rollout.old_logprobs`.
+        (c); requires `rollout.old_logprobs` if `factor` depends on the policy in training.
 
     Source: Hesterberg 1995 for the self-normalised form.
     """

@@ -8,7 +8,7 @@ from ._mismatch import bounded, log_weight
 from .factor import Factor, factor
 
 
-def tis(cap: ScalarLike = 2.0) -> Factor:
+def tis(cap: ScalarLike | None = 2.0) -> Factor:
     r"""Each token's importance weight between sampler and trainer, from above bounded by `cap`.
 
     $\min(w_t, cap)$ with $w_t = e^{\log\pi_{old}(t) - \log\pi_{sampler}(t)}$:
@@ -21,7 +21,7 @@ def tis(cap: ScalarLike = 2.0) -> Factor:
     `tis() * clipped() + 0.04 * kl()`.
 
     Args:
-        cap: largest weight, above 0.
+        cap: largest weight, above 0; `None` for no bound.
 
     Returns:
         A factor with metrics `mismatch/truncated_frac` and `mismatch/correction_mean`.
@@ -29,10 +29,11 @@ def tis(cap: ScalarLike = 2.0) -> Factor:
     Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
     training"; truncation: Ionides 2008.
     """
-    check_number("cap", cap, above=0)
+    if cap is not None:
+        check_number("cap", cap, above=0)
     return factor(_tis, builder=tis, cap=cap)
 
 
-def _tis(scores: Scores, batch: Batch, *, cap: ScalarLike) -> tuple[PerToken, Metrics]:
+def _tis(scores: Scores, batch: Batch, *, cap: ScalarLike | None) -> tuple[PerToken, Metrics]:
     weight = jnp.exp(log_weight(scores, batch))
-    return bounded(weight, jnp.minimum(weight, cap), batch)
+    return bounded(weight, weight if cap is None else jnp.minimum(weight, cap), batch)

@@ -32,7 +32,12 @@ def top_entropy(share: ScalarLike = 0.2) -> Factor:
     """
     check_number("share", share, above=0, most=1)
     return factor(
-        _read, builder=top_entropy, requires=("old_entropy",), prepare=_top_entropy, share=share
+        _read,
+        builder=top_entropy,
+        requires=("old_entropy",),
+        prepare=_top_entropy,
+        reads_scores=False,
+        share=share,
     )
 
 

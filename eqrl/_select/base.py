@@ -1,7 +1,7 @@
 """Selections: which completions train.
 
-A selection reads a rollout and says which rows to keep. `a & b` keeps what both keep. Where it
-stands decides what dropped rows still count in:
+A selection reads a rollout and says which rows to keep. `a & b` keeps what b keeps of what a
+keeps. Where it stands decides what dropped rows still count in:
 
 - As `Algorithm.selection` it acts *before* everything: `apply` switches off the mask of dropped
   rows, so they enter no group mean, no whitening, no weight and no denominator.
@@ -35,13 +35,18 @@ class AbstractSelection(eqx.Module):
 
 
 class Both(AbstractSelection):
-    """Keeps what both selections keep."""
+    """Keeps what both selections keep; the right one judges what the left one has kept.
+
+    So `drop_truncated() & drop_constant_groups()` drops groups that are constant without their
+    truncated rows.
+    """
 
     left: AbstractSelection
     right: AbstractSelection
 
     def __call__(self, rollout):
-        return self.left(rollout) & self.right(rollout)
+        kept = self.left(rollout)
+        return kept & self.right(apply(rollout, kept))
 
     def __repr__(self) -> str:
         right = f"({self.right!r})" if isinstance(self.right, Both) else repr(self.right)

@@ -62,12 +62,13 @@ def vapo(alpha: float = 0.05, value_coef: float = 0.5, nll: float = 0.1) -> Algo
 
     Args:
         alpha: of the length-adaptive trade-off.
-        value_coef: coefficient of the value loss.
+        value_coef: coefficient of the value loss, above 0.
         nll: coefficient of the likelihood term; 0 leaves it out.
 
     Source: Yue et al. 2025 (arXiv:2504.05118).
     """
     check_number("nll", nll, least=0)
+    check_number("value_coef", value_coef, above=0)
     objective = losses.clipped(0.2, 0.28) + value_coef * losses.value_loss()
     if nll:
         objective = objective + nll * losses.positive_nll()

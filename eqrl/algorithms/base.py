@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -33,6 +34,14 @@ class Algorithm(eqx.Module):
     selection: AbstractSelection | None = None
     target: AbstractTransform | None = None
 
+    def __check_init__(self):
+        advantage = self.advantage
+        if (advantage.starts or advantage.gathers) and not advantage.spreads:
+            raise ValueError(
+                f"advantage=`{advantage!r}` ends in one score per completion, so only last tokens "
+                "would train; let a baseline or `returns()` follow"
+            )
+
     @property
     def requires(self) -> frozenset[str]:
         """Names of the optional `Rollout` fields that some part reads."""
@@ -60,7 +69,11 @@ class Algorithm(eqx.Module):
         return self.advantage.init(), target, self.objective.init()
 
     def select(self, rollout: Rollout) -> Rollout:
-        """The rollout with unselected rows switched off; selecting twice changes nothing."""
+        """The rollout with unselected rows switched off.
+
+        Selecting twice changes nothing if rules on whole groups stand last: `drop_truncated() &
+        drop_constant_groups()`.
+        """
         return rollout if self.selection is None else apply(rollout, self.selection(rollout))
 
     def assign(
@@ -87,6 +100,12 @@ class Algorithm(eqx.Module):
         advantages = zero_unmasked(advantages, rollout.mask)
         batch = self.weigh(Batch(rollout, advantages, advantages, advantages, targets))
         prepared, objective_state = self.objective.prepare(batch, objective_state)
+        for x in jax.tree.leaves(prepared):
+            if x.shape != rollout.mask.shape:
+                raise ValueError(
+                    f"the objective prepared an array of shape {x.shape}; `prepare=` must return "
+                    f"arrays of the mask's shape {rollout.mask.shape}, which are cut along with it"
+                )
         batch = dataclasses.replace(batch, prepared=prepared)
         return lax.stop_gradient(batch), (advantage_state, target_state, objective_state)
 

@@ -151,8 +151,8 @@ def m2po(budget: float = 0.04) -> Algorithm:
 
     Scores standardised within the group; of the tokens that a clip could act on, those whose
     squared log-ratio between trainer and sampler is largest are masked until its mean over the
-    rest is at most `budget`; unclipped surrogate, mean over all tokens. For rollouts of older
-    policies.
+    rest is at most `budget`; unclipped surrogate, weighed by the whole ratio to the sampler, mean
+    over all tokens. For rollouts of older policies.
 
     Differs between libraries: AReaL's counts all tokens (`m2po(budget, everywhere=True)`), and
     divides by kept ones (`normalised(m2po(budget))`).
@@ -162,5 +162,5 @@ def m2po(budget: float = 0.04) -> Algorithm:
 
     Source: Zheng et al. 2025 (arXiv:2510.01161).
     """
-    objective = losses.m2po(budget) * losses.unclipped()
+    objective = losses.m2po(budget) * losses.tis(None) * losses.unclipped()
     return Algorithm(signals.group_norm(), objective, losses.token_mean())

@@ -50,7 +50,10 @@ def dapo(alpha: float = 0.2) -> Algorithm:
 
 
 def ppo() -> Algorithm:
-    """`ppo`: no KL, and no factor 1/2 in the value loss (0.5 times it, twice the half)."""
+    """`ppo`: no KL, and no factor 1/2 in the value loss (0.5 times it, twice the half).
+
+    A gap in the mask ends an episode there; here the recursion carries over it.
+    """
     estimate = signals.gae(1.0, 0.95)
     return Algorithm(
         advantage=estimate | signals.whiten(ddof=0, eps=1e-4, stabiliser="outside"),

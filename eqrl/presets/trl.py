@@ -43,8 +43,10 @@ def dr_grpo(max_tokens: int, beta: float = 0.0, epsilon: float = 0.2) -> Algorit
     return Algorithm(signals.group_center(), objective, weighting)
 
 
-def gspo(low: float = 3e-4, high: float = 4e-4) -> Algorithm:
+def gspo(low: float = 0.2, high: float = 0.2) -> Algorithm:
     """`importance_sampling_level="sequence"` alone: token mean, so long completions weigh more.
+
+    Its clip range stays that of GRPO then, hundreds of times the paper's (3e-4, 4e-4).
 
     Args:
         low: how far the sequence ratio may fall and still be rewarded.
@@ -63,6 +65,30 @@ def cispo(max_weight: float = 5.0) -> Algorithm:
         max_weight: largest importance weight.
     """
     objective = _corrected(losses.cispo(max_weight), 0)
+    return Algorithm(signals.group_norm(eps=1e-4), objective, losses.token_mean())
+
+
+def lite_ppo() -> Algorithm:
+    """`scale_rewards="batch"`: deviation of the batch + 1e-4."""
+    advantage = signals.group_norm(eps=1e-4, deviation="batch")
+    return Algorithm(advantage, _corrected(losses.clipped(), 0), losses.token_mean())
+
+
+def luspo(low: float = 0.2, high: float = 0.2) -> Algorithm:
+    """`loss_type="luspo"`: GSPO times length, with GRPO's clip range and all rows counted.
+
+    Args:
+        low: how far the sequence ratio may fall and still be rewarded.
+        high: how far it may rise.
+    """
+    objective = _corrected(losses.clipped(low, high, ratio=losses.geometric_ratio()), 0)
+    weighting = losses.sequence_sum(count_empty=True)
+    return Algorithm(signals.group_norm(eps=1e-4), objective, weighting)
+
+
+def vespo() -> Algorithm:
+    """`loss_type="vespo"`: as published, with deviation + 1e-4 and token mean."""
+    objective = _corrected(losses.vespo(), 0)
     return Algorithm(signals.group_norm(eps=1e-4), objective, losses.token_mean())
 
 

@@ -1,7 +1,19 @@
-"""What Tunix computes with its defaults. It clamps log-ratios at 20 nats, which changes nothing."""
+"""What Tunix computes with its defaults.
+
+Its GRPO and DAPO take the sampler's log-probs for the old ones (`use_rollout_logps`): set
+`rollout.old_logprobs` to `rollout.logprobs` (`--algo.old-logprobs sampler`) for the same ratio. It
+clamps log-ratios at 20 nats, where no run that survives comes.
+"""
 
 from .. import _advantages as signals, _losses as losses
+from .._checks import check_number
+from .._losses.base import AbstractTerm
 from ..algorithms import Algorithm
+
+
+def _with_k1(term: AbstractTerm, beta: float) -> AbstractTerm:
+    check_number("beta", beta, least=0)
+    return term + beta * losses.kl("k1") if beta else term
 
 
 def grpo(beta: float = 0.04, epsilon: float = 0.2) -> Algorithm:
@@ -14,7 +26,7 @@ def grpo(beta: float = 0.04, epsilon: float = 0.2) -> Algorithm:
         beta: coefficient of the KL term.
         epsilon: clip range of the ratio on both sides.
     """
-    objective = losses.clipped(epsilon, epsilon) + beta * losses.kl("k1")
+    objective = _with_k1(losses.clipped(epsilon, epsilon), beta)
     return Algorithm(signals.group_norm(), objective, losses.sequence_mean())
 
 
@@ -26,7 +38,7 @@ def gspo_token(beta: float = 0.04, epsilon: float = 0.2) -> Algorithm:
         epsilon: clip range of the ratio on both sides.
     """
     ratio = losses.geometric_token_ratio()
-    objective = losses.clipped(epsilon, epsilon, ratio=ratio) + beta * losses.kl("k1")
+    objective = _with_k1(losses.clipped(epsilon, epsilon, ratio=ratio), beta)
     return Algorithm(signals.group_norm(), objective, losses.sequence_mean())
 
 
@@ -44,6 +56,8 @@ def dr_grpo(max_tokens: int, epsilon: float = 0.2) -> Algorithm:
 def dapo(max_tokens: int = 20480, buffer: int = 4096) -> Algorithm:
     """`DAPOConfig`: without dynamic sampling, which is a flag there with nothing behind it.
 
+    Its length penalty counts characters; here, tokens.
+
     Args:
         max_tokens: completion limit in tokens.
         buffer: width of the penalty's ramp in tokens.
@@ -59,7 +73,9 @@ def ppo(beta: float = 0.04) -> Algorithm:
     Args:
         beta: coefficient of the KL penalty in the reward.
     """
-    estimate = signals.kl_penalty(beta, estimator="k3") | signals.gae(1.0, 0.95)
+    estimate = signals.gae(1.0, 0.95)
+    if beta:
+        estimate = signals.kl_penalty(beta, estimator="k3") | estimate
     return Algorithm(
         advantage=estimate | signals.whiten(),
         objective=losses.clipped() + 1.0 * losses.value_loss(0.2),

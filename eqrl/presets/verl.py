@@ -1,7 +1,8 @@
-"""What verl computes with its defaults: no KL, a dual clip of 3 on every surrogate, token mean.
+"""What verl computes with its defaults: no KL, token mean, and under its "vanilla" policy loss a
+dual clip of 3.
 
-verl clamps log-ratios at 20 nats before the exponential, which changes nothing that is not held by
-the clip already, and zeroes nothing here.
+verl clamps log-ratios at 20 nats (GSPO's at 10) before the exponential. No training run that
+survives comes there, and nothing is clamped here.
 """
 
 from .. import _advantages as signals, _losses as losses
@@ -99,8 +100,10 @@ def gdpo(*weights: float) -> Algorithm:
     return _vanilla(signals.gdpo(*weights) | signals.returns() | signals.whiten())
 
 
-def gspo(low: float = 3e-4, high: float = 4e-4) -> Algorithm:
+def gspo(low: float = 0.2, high: float = 0.2) -> Algorithm:
     """`loss_mode=gspo`: the token form; the aggregation is fixed to the mean over completions.
+
+    Its clip range is the general one, hundreds of times the paper's (3e-4, 4e-4), unless set.
 
     Args:
         low: how far the sequence ratio may fall and still be rewarded.
@@ -125,6 +128,26 @@ def cispo(low: float = 0.2, high: float = 0.2) -> Algorithm:
     """
     objective = losses.cispo_around_one(low, high)
     return Algorithm(signals.group_norm(), objective, losses.token_mean())
+
+
+def sapo() -> Algorithm:
+    """`loss_mode=sapo`: as published; the aggregation is fixed to the mean over completions."""
+    return Algorithm(signals.group_norm(), losses.sapo(), losses.sequence_mean())
+
+
+def clip_cov() -> Algorithm:
+    """`loss_mode=clip_cov`: as published, but for its population: a micro-batch there."""
+    return Algorithm(signals.group_norm(), losses.clip_cov(), losses.token_mean())
+
+
+def kl_cov() -> Algorithm:
+    """`loss_mode=kl_cov`: coefficient 0.1 (its documentation says 1); a micro-batch there."""
+    return Algorithm(signals.group_norm(), losses.kl_cov(coef=0.1), losses.token_mean())
+
+
+def dppo() -> Algorithm:
+    """`loss_mode=dppo_tv`: as published, ratios truncated at 20."""
+    return Algorithm(signals.group_norm(), losses.dppo(), losses.token_mean())
 
 
 def ppo(gamma: float = 1.0, lam: float = 1.0) -> Algorithm:
