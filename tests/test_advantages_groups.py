@@ -12,8 +12,8 @@ import pytest
 from test_advantages import GAP, VALUES, live_scores, one_row, one_token_rows, run
 
 from eqrl import _advantages as signals
-from eqrl._transform import check_groups
 from eqrl._parse import parse
+from eqrl._transform import check_groups
 from eqrl._types import Rollout
 
 

@@ -10,6 +10,7 @@ import oracles
 import pytest
 
 from eqrl import _advantages as signals, _losses as losses, algorithms
+from eqrl._losses.base import term
 from eqrl._select import drop_constant_groups, drop_truncated
 from eqrl._select.base import apply
 from eqrl._types import Batch, Scores
@@ -369,7 +370,7 @@ def test_what_is_prepared_has_the_shape_of_the_mask():
     def fn(scores, batch):
         return -batch.advantages, {}
 
-    wrong = losses.base.term(fn, prepare=lambda batch: jnp.sum(batch.advantages))
+    wrong = term(fn, prepare=lambda batch: jnp.sum(batch.advantages))
     algorithm = Algorithm(signals.batch_center(), wrong, losses.token_mean())
     signal, rollout, _ = graded_world()
     with pytest.raises(ValueError, match=r"prepared an array of shape \(\).*\(11, 8\)"):
