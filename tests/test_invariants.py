@@ -210,7 +210,7 @@ def alike(a, b, tolerance=1e-9):
 
 # Their weighting divides by all rows, empty ones too, as those libraries do: rows of padding shrink
 # the step by the ratio of the numbers of rows, columns change nothing.
-COUNT_EMPTY = {"trl.dr_grpo", "trl.rloo", "trl.sapo", "verl.geo_mean"}
+COUNT_EMPTY = {"trl.dr_grpo", "trl.luspo", "trl.rloo", "trl.sapo", "verl.geo_mean"}
 
 
 def poison(tree, mask):
@@ -421,7 +421,8 @@ def algorithms_shifted(seed):
 # Exactly these see a shift of a group's rewards; all other named algorithms do not.
 SEE_A_SHIFT = {
     # Their baseline is the batch's, the deviation is, or a part of the sum is of the batch.
-    "algorithms.reinforce", "algorithms.lite_ppo", "predecessor.reinforce", "predecessor.dapo",
+    "algorithms.reinforce", "algorithms.lite_ppo", "trl.lite_ppo",
+    "predecessor.reinforce", "predecessor.dapo",
     # No baseline from other rows at all, or one that the shift does not move.
     "algorithms.reinforce_pp", "openrlhf.reinforce_pp", "verl.reinforce_pp",
     "algorithms.remax", "verl.remax",
