@@ -8,7 +8,7 @@
 Each mutant is one edit of one file in a copy of the repository: a sign, the direction of a
 comparison, a denominator, a default (ddof, eps), a constant, a swapped `where`, a removed
 stop-gradient, mask, declaration or link of a chain. The tests of its family that bear the member's
-name run first, then all tests that build it unnamed (algorithms, presets, invariants). Arguments of
+name run first, then its whole family, then algorithms, presets and invariants. Arguments of
 `check_...` calls (legal ranges) and messages are not mutated. Prints killed and surviving mutants,
 and writes them to `--out`.
 """
@@ -33,8 +33,8 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGETS = ("_advantages", "_losses", "_select", "algorithms", "presets")
 SINGLE = ("_masked.py", "_kl.py")
-# What a mutant of a member has to get past: the tests of its family that bear its name, then all
-# that build it without naming it. Nothing else imports it. Shared files meet the whole of both.
+# What a mutant of a member has to get past: the tests of its family that bear its name, the rest of
+# its family, then all that build it without naming it. Nothing else imports it.
 FAMILIES = {
     "_advantages": (
         "test_advantages.py", "test_advantages_groups.py", "test_advantages_time.py",
@@ -269,7 +269,8 @@ def _rounds(folder: pathlib.Path, file: str) -> list[list[str]]:
         return [everything, wide]
     if path.stem.startswith("_") or path.stem in SHARED:
         return [family, wide]
-    return [[*family, "-k", path.stem], wide]
+    values = [name for name in family if "contract" not in name]
+    return [[*values, "-k", path.stem], [*family, "-k", path.stem], family, wide]
 
 
 def _work(number: int, todo, done) -> None:
@@ -296,13 +297,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help="comma-separated file names without .py")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--sample", type=int, default=0, help="try so many at random; 0 = all")
+    parser.add_argument("--skip", type=int, default=0, help="go on after so many of an earlier run")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     parser.add_argument("--out", default="", help="JSON file of killed and surviving mutants")
     arguments = parser.parse_args()
     chosen = list(mutants(set(filter(None, arguments.only.split(",")))))
     # In random order, so that a run that is cut short still says something of all.
     random.Random(0).shuffle(chosen)
-    chosen = chosen[: arguments.sample or None]
+    chosen = chosen[arguments.skip : arguments.sample or None]
     if arguments.list:
         print(*chosen, sep="\n")
         print(len(chosen), "mutants")
@@ -315,7 +317,8 @@ def main() -> int:
     todo, done = context.Queue(), context.Queue()
     # An edit that changes nothing must survive, or every kill below would mean nothing.
     control = Mutant("eqrl/_masked.py", 0, 0, 0, "", "unchanged")
-    for mutant in [control, *chosen, *[None] * arguments.workers]:
+    first = [] if arguments.skip else [control]
+    for mutant in [*first, *chosen, *[None] * arguments.workers]:
         todo.put(mutant)
     workers = [
         context.Process(target=_work, args=(number, todo, done), daemon=False)
@@ -324,7 +327,7 @@ def main() -> int:
     for worker in workers:
         worker.start()
     survivors, start = [], time.monotonic()
-    for number in range(len(chosen) + 1):
+    for number in range(len(first) + len(chosen)):
         mutant, survived = done.get()
         if mutant == control and not survived:
             raise SystemExit("the tests fail on unchanged sources; mend them first")

@@ -200,6 +200,32 @@ def test_equal_scores_give_exactly_zero(member):
 
 
 @transforms
+def test_transform_declares_what_chains_must_know(member, x64):
+    _, rollout = oracles.world()
+    transform, mask = member.build(), np.asarray(rollout.mask)
+    tokens = [np.flatnonzero(row) for row in mask]
+    reward = np.zeros(mask.shape)
+    moved = reward.copy()
+    for row, columns in enumerate(tokens):
+        if len(columns):
+            reward[row, columns[-1]] = moved[row, columns[0]] = 0.3 + 0.7 * row % 2
+    more = reward.copy()
+    more[0, tokens[0][-1]] += 5.0
+    out, elsewhere, other = (
+        np.asarray(run(transform, jnp.asarray(x), rollout)) for x in (reward, moved, more)
+    )
+    # Spread: a reward on the last token is felt on the row's others.
+    early = tokens[0][:-1]
+    felt = bool(np.any(other[0, early] != out[0, early]))
+    # Values make a return of any reward; without discounted future nothing is felt early.
+    unfelt = ("add_values()", "returns(gamma=0.0)", "gae(gamma=0, lam=0)")
+    assert transform.spreads == (felt or repr(member) in unfelt)
+    # A part that does not mind where in a row the reward stands reads its total.
+    if not transform.starts and np.allclose(out, elsewhere):
+        assert transform.reads_total
+
+
+@transforms
 def test_transform_state_keeps_its_structure(member):
     signal, rollout = oracles.world()
     transform = member.build()
