@@ -124,7 +124,8 @@ def main() -> None:
                 assert isinstance(piece, eqrl.AbstractTerm)
                 compiling, running = timed(piece.prepare, batch, piece.init())
             share = 100 * running / update
-            print(f"| `{text}` | {compiling:.2f} | {1e3 * running:.1f} | {share:.3f} % |")
+            cell = text.replace("|", "\\|")
+            print(f"| `{cell}` | {compiling:.2f} | {1e3 * running:.1f} | {share:.3f} % |")
         print()
 
 

@@ -13,6 +13,7 @@ from eqrl import _advantages as signals, _losses as losses, algorithms
 from eqrl._losses.base import term
 from eqrl._select import drop_constant_groups, drop_truncated
 from eqrl._select.base import apply
+from eqrl._transform import stateless
 from eqrl._types import Batch, Scores
 from eqrl.algorithms import Algorithm
 
@@ -395,3 +396,14 @@ def test_group_rules_stand_last():
     algorithm = dataclasses.replace(algorithms.grpo(), selection=rows_first)
     once = algorithm.select(rollout)
     np.testing.assert_array_equal(algorithm.select(once).mask, once.mask)
+
+
+def test_what_a_users_estimator_leaves_on_unmasked_positions_goes_nowhere():
+    def careless(signal, rollout):
+        return signal + jnp.where(rollout.mask, 0.0, jnp.nan)
+
+    signal, rollout, scores = graded_world()
+    algorithm = Algorithm(stateless(careless), losses.reinforce(), losses.token_mean())
+    batch, _ = algorithm.assign(signal, algorithm.init(), rollout)
+    assert np.all(np.asarray(batch.advantages)[~np.asarray(rollout.mask)] == 0)
+    assert np.isfinite(algorithm.loss(scores, batch)[0])

@@ -223,3 +223,14 @@ def test_normalised_asks_for_old_log_probs_only_where_they_are_read():
         np.testing.assert_allclose(mean, 1.0, rtol=1e-5)
     for read in (losses.tis(), losses.tis() * drop_truncated()):
         assert "old_logprobs" in losses.normalised(read).requires
+
+
+def test_normalised_does_not_mind_the_scale_of_the_weights():
+    scores, batch = oracles.loss_world()
+    piece, values = losses.normalised(losses.tis()), []
+    for scale in (1.0, 1e-3):
+        small = dataclasses.replace(batch, weights=scale * batch.weights)
+        prepared, _ = piece.prepare(small, None)
+        values.append(piece(scores, dataclasses.replace(small, prepared=prepared))[0])
+    assert 1 < float(jnp.sum(batch.weights)) < 100
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-5)

@@ -33,7 +33,7 @@ class Normalised(AbstractFactor):
         value, _ = self.factor(
             before_update(batch, self.reads_scores), with_prepared(batch, prepared)
         )
-        weights = zero_unmasked(batch.weights, mask)
+        weights = batch.weights  # 0 on unmasked positions, as every weighting leaves them
         total = jnp.sum(weights)
         safe = jnp.where(total > 0, total, jnp.ones_like(total))
         mean = lax.stop_gradient(jnp.sum(weights * zero_unmasked(value, mask)) / safe)
