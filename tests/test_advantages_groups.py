@@ -532,7 +532,7 @@ def test_impossible_hyperparameters_are_refused(build, named):
 
 def test_a_score_is_gathered_only_from_what_was_spread():
     with pytest.raises(ValueError, match=r"`as_score\(\)` gathers.*`kl_penalty\(0.1\)` before it"):
-        signals.kl_penalty(0.1) | signals.as_score()
+        _ = signals.kl_penalty(0.1) | signals.as_score()
     assert not (signals.rloo() | signals.as_score()).spreads
 
 

@@ -154,6 +154,7 @@ def test_gdpo_takes_the_weights_of_the_rewards():
 
 
 PLUGIN = """
+from __future__ import annotations
 import equinox as eqx
 import jax.numpy as jnp
 import eqrl
@@ -165,6 +166,8 @@ def _doubled(signal, rollout, *, factor):
     return factor * signal
 
 class nothing(eqrl.AbstractTransform):
+    words: str = "none"
+
     def init(self):
         return None
 
@@ -176,7 +179,7 @@ class nothing(eqrl.AbstractTransform):
 def test_plugins_bring_their_pieces_by_file_and_by_module(tmp_path, monkeypatch):
     (tmp_path / "of_mine.py").write_text(PLUGIN)
     monkeypatch.chdir(tmp_path)
-    text = "doubled(factor=3.0) | nothing() | rloo()"
+    text = "doubled(factor=3.0) | nothing(words='some') | rloo()"
     for plugin in ("of_mine.py", str(tmp_path / "of_mine.py"), "of_mine"):
         chosen = cli.parse(["--plugins", plugin, "--algo.advantage", text])
         algorithm = build_algorithm(chosen)
