@@ -37,6 +37,17 @@ install_import_hook("eqrl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs of one file are dropped before the next.
+
+    Each holds some memory mappings, of which a Linux process may have 65,530: with the programs of
+    the whole suite, XLA's compiler runs out of them and the process dies of a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 within one test, for comparisons to 1e-10 and finite differences."""
