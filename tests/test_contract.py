@@ -338,8 +338,8 @@ def test_term_ignores_unmasked(member):
         assert np.all(np.isfinite(leaf)) and np.all(np.asarray(leaf)[~np.asarray(mask)] == 0)
 
 
-@terms
-def test_term_does_not_see_padding(member):
+def blind_to_padding(graded, piece):
+    """What `graded` says of a term or a factor does not change with padded rows and columns."""
     scores, batch = oracles.loss_world()
     wide = Batch(
         padded(batch.rollout),
@@ -349,22 +349,32 @@ def test_term_does_not_see_padding(member):
         pad(batch.targets, jnp.nan),
     )
     wide_scores = per_token(scores, lambda x: pad(x, jnp.nan))
-    gradient, (value, metrics) = assessed(member.build(), scores, batch)
-    wide_gradient, (wide_value, wide_metrics) = assessed(member.build(), wide_scores, wide)
+    gradient, (value, metrics) = graded(piece, scores, batch)
+    wide_gradient, (wide_value, wide_metrics) = graded(piece, wide_scores, wide)
     same(wide_value, pad(value, 0.0))
     jax.tree.map(same, wide_metrics, metrics)
     jax.tree.map(lambda a, b: same(a, pad(b, 0.0)), wide_gradient, gradient)
 
 
-@terms
-def test_term_follows_the_order_of_rows(member, x64):
+def follows_order(graded, piece):
+    """Permuted rows give the permuted values and the same metrics."""
     scores, batch = oracles.loss_world()
     order = np.random.default_rng(5).permutation(len(batch.weights))
     moved_scores, moved = jax.tree.map(lambda x: x[order], (scores, batch))
-    _, (value, metrics) = assessed(member.build(), scores, batch)
-    _, (moved_value, moved_metrics) = assessed(member.build(), moved_scores, moved)
+    _, (value, metrics) = graded(piece, scores, batch)
+    _, (moved_value, moved_metrics) = graded(piece, moved_scores, moved)
     same(moved_value, value[order])
     jax.tree.map(same, moved_metrics, metrics)
+
+
+@terms
+def test_term_does_not_see_padding(member):
+    blind_to_padding(assessed, member.build())
+
+
+@terms
+def test_term_follows_the_order_of_rows(member, x64):
+    follows_order(assessed, member.build())
 
 
 @terms

@@ -8,11 +8,10 @@ import numpy as np
 import oracles
 import pytest
 from members_factors import FACTORS
-from test_contract import pad, padded, per_token, poison, same
+from test_contract import blind_to_padding, follows_order, poison, same
 
 from eqrl import _losses as losses
 from eqrl._parse import parse
-from eqrl._types import Batch
 
 
 factors = pytest.mark.parametrize("member", FACTORS, ids=repr)
@@ -102,31 +101,12 @@ def test_no_gradient_flows_through_a_factor(member, x64):
 
 @factors
 def test_factor_does_not_see_padding(member):
-    scores, batch = oracles.loss_world()
-    wide = Batch(
-        padded(batch.rollout),
-        pad(batch.advantages, jnp.nan),
-        pad(batch.weights, 0.0),
-        pad(batch.share, 0.0),
-        pad(batch.targets, jnp.nan),
-    )
-    wide_scores = per_token(scores, lambda x: pad(x, jnp.nan))
-    gradient, (value, metrics) = graded(member.build(), scores, batch)
-    wide_gradient, (wide_value, wide_metrics) = graded(member.build(), wide_scores, wide)
-    same(wide_value, pad(value, 0.0))
-    jax.tree.map(same, wide_metrics, metrics)
-    jax.tree.map(lambda a, b: same(a, pad(b, 0.0)), wide_gradient, gradient)
+    blind_to_padding(graded, member.build())
 
 
 @factors
 def test_factor_follows_the_order_of_rows(member, x64):
-    scores, batch = oracles.loss_world()
-    order = np.random.default_rng(5).permutation(len(batch.weights))
-    moved_scores, moved = jax.tree.map(lambda x: x[order], (scores, batch))
-    _, (value, metrics) = graded(member.build(), scores, batch)
-    _, (moved_value, moved_metrics) = graded(member.build(), moved_scores, moved)
-    same(moved_value, value[order])
-    jax.tree.map(same, moved_metrics, metrics)
+    follows_order(graded, member.build())
 
 
 @factors

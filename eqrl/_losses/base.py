@@ -158,17 +158,19 @@ def in_product(term: AbstractTerm) -> str:
     return repr(term) if simple else f"({term!r})"
 
 
-class Term(AbstractTerm):
-    """A function `(scores, batch, **hyperparameters) -> (value, metrics)` as a term."""
+class LiftedPiece(Prepares):
+    """A function `(scores, batch, **hyperparameters) -> (value, metrics)` as a term or a factor."""
 
     lifted: Lifted
     requires: frozenset[str] = eqx.field(static=True)  # pyright: ignore
     preparing: Callable[..., PyTree] | None = eqx.field(static=True)
 
     def prepare(self, batch, state):
-        return prepare_with(self.preparing, self.lifted, batch), state
+        if self.preparing is None:
+            return None, state
+        return self.preparing(batch, **self.lifted.hyperparameters), state
 
-    def __call__(self, scores, batch):
+    def __call__(self, scores: Scores, batch: Batch) -> tuple[PerToken, Metrics]:
         check_prepared(self, self.preparing, batch)
         value, metrics = self.lifted(scores, batch)
         return zero_unmasked(value, batch.rollout.mask), metrics
@@ -177,9 +179,8 @@ class Term(AbstractTerm):
         return repr(self.lifted)
 
 
-def prepare_with(preparing: Callable[..., PyTree] | None, lifted: Lifted, batch: Batch) -> PyTree:
-    """`preparing(batch, **hyperparameters)`, or nothing."""
-    return None if preparing is None else preparing(batch, **lifted.hyperparameters)
+class Term(LiftedPiece, AbstractTerm):
+    """A lifted function as a term."""
 
 
 def check_prepared(piece: Prepares, preparing: Callable | None, batch: Batch) -> None:

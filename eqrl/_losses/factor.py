@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PyTree
 
-from .._lifted import Lifted, lift, number
+from .._lifted import lift, number
 from .._masked import zero_unmasked
 from .._select.base import AbstractSelection, Both
 from .._types import Batch, Metrics, PerToken, ScalarLike, Scores
-from .base import AbstractTerm, Pair, Prepares, check_prepared, in_product, prepare_with
+from .base import AbstractTerm, LiftedPiece, Pair, Prepares, check_prepared, in_product
 
 
 class AbstractFactor(Prepares):
@@ -142,24 +142,10 @@ def as_factor(x: Any) -> AbstractFactor | None:
     return Constant(x) if isinstance(x, bool | int | float | jax.Array) else None
 
 
-class Factor(AbstractFactor):
-    """A function `(scores, batch, **hyperparameters) -> (coefficient, metrics)` as a factor."""
+class Factor(LiftedPiece, AbstractFactor):
+    """A lifted function as a factor."""
 
-    lifted: Lifted
-    requires: frozenset[str] = eqx.field(static=True)  # pyright: ignore
     reads_scores: bool = eqx.field(static=True)  # pyright: ignore
-    preparing: Callable[..., PyTree] | None = eqx.field(static=True)
-
-    def prepare(self, batch, state):
-        return prepare_with(self.preparing, self.lifted, batch), state
-
-    def __call__(self, scores, batch):
-        check_prepared(self, self.preparing, batch)
-        value, metrics = self.lifted(scores, batch)
-        return zero_unmasked(value, batch.rollout.mask), metrics
-
-    def __repr__(self) -> str:
-        return repr(self.lifted)
 
 
 def factor(
