@@ -37,6 +37,11 @@ install_import_hook("eqrl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+def pytest_make_parametrize_id(val):
+    # Names of tests must be the same in every process that collects them.
+    return getattr(val, "__name__", None) if callable(val) else None
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """Compiled programs of one file are dropped before the next.

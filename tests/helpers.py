@@ -1,5 +1,7 @@
 """Small models and rollouts that several tests share, and the only tolerances."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,9 @@ from eqrl.models import Architecture, Transformer
 
 # Agreement of two ways to compute the same float32 numbers.
 TOLERANCE = {"float32": 2e-5, "float64": 1e-10}
+# (rtol, atol) of log-probs, entropies and their gradients against float64, by the inputs' type.
+# Gradients of bfloat16 inputs are rounded to 8 bits, twice.
+LOGPROB_TOLERANCE = {"float32": (2e-5, 2e-5), "bfloat16": (1e-2, 5e-3), "float64": (1e-9, 1e-10)}
 
 
 def close(a, b, *, scale: float = 1.0) -> None:
@@ -17,6 +22,13 @@ def close(a, b, *, scale: float = 1.0) -> None:
     a, b = np.asarray(a), np.asarray(b)
     tolerance = TOLERANCE[str(a.dtype)] * scale
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def label(x) -> str:
+    """The id of a parameter: a function's name, where `repr` would show its address."""
+    if isinstance(x, functools.partial):
+        return f"{label(x.func)}-{x.keywords}"
+    return getattr(x, "__name__", None) or repr(x)
 
 
 def tiny_model(key=None, *, vocab: int = 37, tied: bool = True, dtype=jnp.float32) -> Transformer:

@@ -7,6 +7,7 @@ import numpy as np
 import oracles
 import oracles_time
 import pytest
+from helpers import label
 from oracles_time import at, rows, run
 
 from eqrl import _advantages as signals
@@ -54,7 +55,7 @@ ORACLES = [
 ]
 
 
-@pytest.mark.parametrize("transform, oracle, arguments", ORACLES, ids=lambda x: str(x)[:50])
+@pytest.mark.parametrize("transform, oracle, arguments", ORACLES, ids=label)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_equals_the_loop(transform, oracle, arguments, seed, x64):
     signal, rollout = oracles_time.world(seed)

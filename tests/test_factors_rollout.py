@@ -9,6 +9,7 @@ import numpy as np
 import oracles
 import oracles_factors
 import pytest
+from helpers import label
 from oracles_factors import line
 from test_contract_factors import measured
 
@@ -139,7 +140,7 @@ def test_adaptive_entropy_is_carried_by_the_algorithm():
         (losses.opsm(0.05), partial(oracles_factors.opsm, delta=0.05)),
         (drop_truncated(), oracles_factors.drop_truncated),
     ],
-    ids=repr,
+    ids=label,
 )
 @pytest.mark.parametrize("seed", [1, 2])
 def test_normalised_equals_the_loop(inner, expected, seed, x64):

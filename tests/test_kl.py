@@ -8,6 +8,7 @@ import numpy as np
 import oracles
 import oracles_factors
 import pytest
+from helpers import label
 from oracles_factors import line, token_mean_of
 
 from eqrl import _losses as losses
@@ -79,7 +80,7 @@ SLOPES = [  # arguments and d value / d logp at d and log-ratio r
 ]
 
 
-@pytest.mark.parametrize("arguments, slope", SLOPES, ids=lambda x: repr(x) if x else "")
+@pytest.mark.parametrize("arguments, slope", SLOPES, ids=label)
 def test_kl_gradient_in_closed_form(arguments, slope, x64):
     scores, batch = oracles.loss_world(1)
     found = jax.grad(loss_of, 1)(losses.kl(**arguments), scores, batch).logprobs

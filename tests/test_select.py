@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from helpers import label
 
 from eqrl import _select
 from eqrl._losses import token_mean
@@ -140,7 +141,7 @@ MEMBERS = [
     (drop_stale(0), lambda r: live_rows(r, lambda i: r.version[i] == newest(r))),
     (drop_stale(2), lambda r: live_rows(r, lambda i: newest(r) - int(r.version[i]) <= 2)),
 ]
-members = pytest.mark.parametrize("piece, loop", MEMBERS, ids=lambda x: repr(x)[:40])
+members = pytest.mark.parametrize("piece, loop", MEMBERS, ids=label)
 
 
 @members

@@ -7,6 +7,7 @@ import numpy as np
 import oracles
 import oracles_terms as loops
 import pytest
+from helpers import label
 from worlds_terms import (
     RATIOS,
     REWEIGHTED,
@@ -169,7 +170,7 @@ def test_golden_weightings(weighting, expected, x64):
         (losses.sequence_sum(count_empty=True), lambda length, live, rows: 1 / rows),
         (losses.constant_length(6, count_empty=True), lambda length, live, rows: 1 / rows / 6),
     ],
-    ids=repr,
+    ids=label,
 )
 def test_weighting_equals_the_loop(weighting, formula, x64):
     mask = oracles.world()[1].mask
