@@ -2,7 +2,8 @@
 
 `prompts -> rollout -> reward -> (selection) -> advantage -> loss -> update`. The names here are the
 public surface, in that order; `eqrl.algorithms`, `eqrl.presets`, `eqrl.models`, `eqrl.samplers`,
-`eqrl.rewards`, `eqrl.data`, `eqrl.tracking` and `eqrl.checkpoint` are namespaces of their own.
+`eqrl.logprobs`, `eqrl.rewards`, `eqrl.data`, `eqrl.tracking` and `eqrl.checkpoint` are namespaces
+of their own.
 """
 
 from importlib.metadata import version as _version
@@ -10,6 +11,7 @@ from importlib.metadata import version as _version
 from . import (
     algorithms as algorithms,
     data as data,
+    logprobs as logprobs,
     models as models,
     presets as presets,
     rewards as rewards,

@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
 
 from ._logprobs import Implementation, token_logprobs
 from ._pack import pad_rows
 from ._prompts import coarse_bucket
-from ._types import PerToken, Rollout, ScalarLike, Scores
+from ._types import Rollout, ScalarLike, Scores
 from .models import Transformer, ValueModel, previous
 
 
@@ -38,30 +37,20 @@ def score(
             be at least `rollout.mask.sum()`. Every position by default.
         remat: recompute each layer in the backward pass instead of keeping its activations.
     """
-    mask = rollout.mask
-    buffer = mask.size if buffer is None else min(buffer, mask.size)
     hidden = policy(rollout.tokens, rollout.positions, remat=remat)
     # hidden[b, previous] predicts token [b, t].
-    before = previous(rollout.positions)
-    source = before + jnp.arange(mask.shape[0], dtype=before.dtype)[:, None] * mask.shape[1]
-    (chosen,) = jnp.nonzero(mask.reshape(-1), size=buffer, fill_value=mask.size)
-    gathered = hidden.reshape(-1, hidden.shape[-1])[source.reshape(-1)[chosen % mask.size]]
-    targets = rollout.tokens.reshape(-1)[chosen % mask.size]
+    before = previous(rollout.positions)[:, :, None]
     logprobs, entropy = token_logprobs(
-        gathered,
+        jnp.take_along_axis(hidden, before, axis=1),
         policy.unembedding,
-        targets,
+        rollout.tokens,
         temperature=temperature,
+        mask=rollout.mask,
+        buffer=buffer,
         implementation=implementation,
     )
     values = None if critic is None else critic(rollout.tokens, rollout.positions, remat=remat)
-    return Scores(_scatter(logprobs, chosen, mask), _scatter(entropy, chosen, mask), values)
-
-
-def _scatter(x: Float[Array, " buffer"], where: Int[Array, " buffer"], mask) -> PerToken:
-    """Back to `[batch, time]`; entries of the buffer that hold no token fall off the end."""
-    flat = jnp.zeros((mask.size,), x.dtype).at[where].set(x, mode="drop")
-    return flat.reshape(mask.shape)
+    return Scores(logprobs, entropy, values)
 
 
 def buffer_size(mask, parts: int) -> int:

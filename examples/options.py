@@ -173,8 +173,8 @@ class Config:
     """auto (if the run folder has a checkpoint), never, or a run folder"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of parameters and matrix products"""
-    policy_loss_impl: Literal["reference", "chunked", "jax", "auto"] = "auto"
-    """log-prob kernel; jax = chunked"""
+    policy_loss_impl: Literal["reference", "chunked", "pallas", "jax", "auto"] = "auto"
+    """log-prob kernel; jax = chunked; pallas: TPU and GPU"""
     plugins: tuple[str, ...] = ()
     """modules or .py files whose functions the expressions may call"""
     print_config: bool = False

@@ -34,7 +34,7 @@ class Run(NamedTuple):
     held_out: evaluation.Encoded
     sampler: samplers.Sampler
     weights: tuple[float, ...]
-    implementation: eqrl.Implementation
+    implementation: eqrl.logprobs.LogProbs
     timer: tracking.StepTimer
     console: tracking.Console
 

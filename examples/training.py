@@ -81,7 +81,17 @@ def _cache_compilations() -> None:
             jax.config.update(name, value)
 
 
+def _log_probs(name: str) -> eqrl.logprobs.LogProbs:
+    """The implementation that `--policy-loss-impl` names, if it can run here."""
+    implementation = {"auto": None, "jax": "chunked"}.get(name, name)
+    try:
+        return eqrl.logprobs.choose(implementation, jax.default_backend())
+    except ValueError as error:
+        raise ValueError(f"--policy-loss-impl {name}: {error}") from None
+
+
 def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | None) -> Run:
+    implementation = _log_probs(config.policy_loss_impl)
     data.assert_disjoint(
         (record.get("key", record["question"]) for record in task.train),
         (record.get("key", record["question"]) for record in task.held_out),
@@ -119,9 +129,7 @@ def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | 
             config.rollout.temperature,
         ),
         weights=weights,
-        implementation={"auto": None, "jax": "chunked"}.get(
-            config.policy_loss_impl, config.policy_loss_impl
-        ),
+        implementation=implementation,
         timer=tracking.StepTimer(),
         console=tracking.Console(
             config.steps or 0, first_step=0 if resume is None else resume.step
@@ -242,7 +250,8 @@ def _trackers(run: Run, first: int) -> tracking.Combined:
     resolved = describe(config, len(run.prompts.records))
     run.folder.mkdir(parents=True, exist_ok=True)
     tracking.write_atomic(run.folder / "config.yaml", resolved.encode())
-    tracking.write_json(run.folder / "version.json", tracking.code_version())
+    ran_by = {"platform": jax.default_backend(), "log_probs": run.implementation.__name__}
+    tracking.write_json(run.folder / "version.json", tracking.code_version() | ran_by)
     jsonl = tracking.Jsonl(run.folder / "metrics.jsonl")
     jsonl.truncate_after(first or -1)
     wandb = tracking.Wandb(

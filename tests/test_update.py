@@ -107,9 +107,9 @@ def test_one_compilation_a_shape_bucket():
     state, batch = _setup(algorithm, optimizer)
     traces, after_step = [], []
 
-    def counted(hidden, unembedding, targets, temperature):
+    def counted(hidden, unembedding, targets, **options):
         traces.append(hidden.shape)
-        return eqrl.token_logprobs(hidden, unembedding, targets, temperature=temperature)
+        return eqrl.token_logprobs(hidden, unembedding, targets, **options)
 
     for seed in range(3):
         mask = batch.rollout.mask.at[seed, :].set(False)

@@ -1,121 +1,82 @@
-"""Online softmax over slices of the vocabulary: no `[token, vocab]` array, forward or backward.
+"""Online softmax over slices of the vocabulary, in plain JAX: right on every platform."""
 
-The forward pass keeps four numbers a token: the running maximum m, mass = sum e^{z-m},
-s = sum e^{z-m} z, and the target's logit. The backward pass recomputes each slice of the logits
-and turns it at once into its share of both gradients. So it costs four matrix products where
-stored logits cost three, and memory for one slice. The last slice of a vocabulary that is no
-multiple of the slice is moved back to end at the last row, and the overlap is masked.
-"""
-
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from .._types import ScalarLike, wide
+from .._types import ScalarLike
+from .layout import Layout
+from .online import Seen, absorb, contract, differentiate, nothing, squash
+from .stored import stored
+from .streamed import Kernels, slices, streamed
 
 
-# Vocabulary rows a slice. 4,096 was both the fastest and the smallest in the trials on CPU.
-SLICE = 4096
+# Logits that may be kept.
+_KEPT = 8192 * 4096
 
 
 def chunked(
     hidden: Float[Array, "token width"],
     unembedding: Float[Array, "vocab width"],
     targets: Int[Array, " token"],
-    temperature: ScalarLike,
     *,
-    size: int = SLICE,
+    temperature: ScalarLike = 1.0,
+    soft_cap: float | None = None,
+    mask: Bool[Array, " token"] | None = None,
+    size: int | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, " token"], Float[Array, " token"]]:
-    """See `token_logprobs`. Holds `[token, size]` arrays."""
-    accumulate = wide(hidden.dtype)
-    inverse = 1.0 / jnp.asarray(temperature, accumulate)
-    size = min(size, unembedding.shape[0])
-    return _chunked(hidden, unembedding, targets.astype(jnp.int32), inverse, size)
+    """See `token_logprobs`. Holds `[token, size]` arrays.
 
-
-def _slices(vocab: int, size: int):
-    """Start of each slice, and the first column of it that no earlier slice has covered."""
-    index = jnp.arange(-(-vocab // size), dtype=jnp.int32)
-    start = jnp.minimum(index * size, vocab - size)
-    return start, index * size - start
-
-
-def _logits(hidden, unembedding, start, fresh, inverse, size):
-    """One slice of the logits, its weight rows, and which columns count."""
-    rows = lax.dynamic_slice_in_dim(unembedding, start, size)
-    z = jnp.einsum("td,vd->tv", hidden, rows, preferred_element_type=inverse.dtype) * inverse
-    return z, rows, jnp.arange(size, dtype=jnp.int32)[None, :] >= fresh
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(hidden, unembedding, targets, inverse, size):
-    return _forward(hidden, unembedding, targets, inverse, size)[0]
-
-
-def _forward(hidden, unembedding, targets, inverse, size):
-    tokens, dtype = hidden.shape[0], inverse.dtype
-
-    def step(carry, where):
-        m, mass, s, chosen = carry
-        start, fresh = where
-        z, _, counts = _logits(hidden, unembedding, start, fresh, inverse, size)
-        z = jnp.where(counts, z, -jnp.inf)
-        new = jnp.maximum(m, jnp.max(z, axis=1))
-        p = jnp.exp(z - new[:, None])
-        shrink = jnp.exp(m - new)
-        mass = mass * shrink + jnp.sum(p, axis=1)
-        s = s * shrink + jnp.sum(p * jnp.where(counts, z, 0.0), axis=1)
-        column = targets - start
-        inside = (column >= fresh) & (column < size)
-        picked = jnp.take_along_axis(z, jnp.clip(column, 0, size - 1)[:, None], axis=1)[:, 0]
-        return (new, mass, s, jnp.where(inside, picked, chosen)), None
-
-    zeros = jnp.zeros((tokens,), dtype)
-    initial = (jnp.full((tokens,), -jnp.inf, dtype), zeros, zeros, zeros)
-    (m, mass, s, chosen), _ = lax.scan(step, initial, _slices(unembedding.shape[0], size))
-    lse = m + jnp.log(mass)
-    entropy = lse - s / mass
-    return (chosen - lse, entropy), (hidden, unembedding, targets, inverse, lse, entropy)
-
-
-def _backward(size, residuals, cotangents):
-    hidden, unembedding, targets, inverse, lse, entropy = residuals
-    of_logprob, of_entropy = cotangents
-
-    def step(carry, where):
-        of_hidden, of_unembedding = carry
-        start, fresh = where
-        z, rows, counts = _logits(hidden, unembedding, start, fresh, inverse, size)
-        log_p = z - lse[:, None]
-        p = jnp.exp(log_p)
-        onehot = (targets - start)[:, None] == jnp.arange(size, dtype=jnp.int32)[None, :]
-        # d logp / dz = onehot - p;   d H / dz = -p (log p + H)
-        of_z = of_logprob[:, None] * (onehot.astype(p.dtype) - p)
-        of_z = of_z - of_entropy[:, None] * p * (log_p + entropy[:, None])
-        of_z = (jnp.where(counts, of_z, 0.0) * inverse).astype(hidden.dtype)
-        of_hidden = of_hidden + jnp.einsum(
-            "tv,vd->td", of_z, rows, preferred_element_type=of_hidden.dtype
+    Args:
+        size: vocabulary entries a slice; `slice_size` of the tokens by default. Where all logits
+            take no more memory than one slice of 8,192 tokens (128 MiB), there is but one by
+            default, and it is kept, which saves the backward pass a matrix product.
+        layout: of tokens and vocabulary on a mesh.
+    """
+    if size is None and layout is None and targets.size * unembedding.shape[0] <= _KEPT:
+        return stored(
+            hidden, unembedding, targets, temperature=temperature, soft_cap=soft_cap, mask=mask
         )
-        of_rows = jnp.einsum("tv,td->vd", of_z, hidden, preferred_element_type=of_hidden.dtype)
-        old = lax.dynamic_slice_in_dim(of_unembedding, start, size)
-        of_unembedding = lax.dynamic_update_slice_in_dim(
-            of_unembedding, old + of_rows, start, axis=0
-        )
-        return (of_hidden, of_unembedding), None
-
-    dtype = inverse.dtype
-    initial = (jnp.zeros(hidden.shape, dtype), jnp.zeros(unembedding.shape, dtype))
-    (of_hidden, of_unembedding), _ = lax.scan(step, initial, _slices(unembedding.shape[0], size))
-    # The temperature is a setting of the sampler, not something to learn: no gradient.
-    return (
-        of_hidden.astype(hidden.dtype),
-        of_unembedding.astype(unembedding.dtype),
-        None,
-        jnp.zeros_like(inverse),
+    return streamed(
+        KERNELS,
+        hidden,
+        unembedding,
+        targets,
+        temperature=temperature,
+        soft_cap=soft_cap,
+        mask=mask,
+        size=size,
+        layout=layout,
     )
 
 
-_chunked.defvjp(_forward, _backward)
+def _logits(hidden, rows, columns, targets, inverse, soft_cap):
+    """Logits of some vocabulary entries, which of them count, and where the target is."""
+    product = contract("td,vd->tv", hidden, rows, inverse.dtype)
+    index = jnp.arange(rows.shape[0], dtype=jnp.int32)[None, :]
+    counts = (columns[0] <= index) & (index < columns[1])
+    return squash(product, inverse, soft_cap), counts, index == targets
+
+
+def _absorb(hidden, unembedding, targets, columns, live, inverse, soft_cap, size) -> Seen:
+    del live  # of masked tokens the caller has compacted away what it can
+
+    def step(seen, where):
+        start, fresh = where
+        rows = lax.dynamic_slice_in_dim(unembedding, start, size)
+        here = jnp.stack([jnp.maximum(fresh, columns[0] - start), columns[1] - start])
+        z, counts, hit = _logits(hidden, rows, here, targets - start, inverse, soft_cap)
+        return absorb(seen, z, counts, hit), None
+
+    seen = nothing(hidden.shape[0], inverse.dtype)
+    return lax.scan(step, seen, slices(unembedding.shape[0], size))[0]
+
+
+def _differentiate(hidden, rows, targets, columns, live, inverse, soft_cap, row):
+    del live  # their cotangents are 0
+    z, counts, hit = _logits(hidden, rows, columns, targets, inverse, soft_cap)
+    return differentiate(z, counts, hit, row, inverse, soft_cap).astype(hidden.dtype)
+
+
+KERNELS = Kernels(_absorb, _differentiate)

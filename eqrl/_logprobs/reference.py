@@ -2,20 +2,27 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .._types import ScalarLike, wide
+from .online import contract
 
 
 def reference(
     hidden: Float[Array, "token width"],
     unembedding: Float[Array, "vocab width"],
     targets: Int[Array, " token"],
-    temperature: ScalarLike,
+    *,
+    temperature: ScalarLike = 1.0,
+    soft_cap: float | None = None,
+    mask: Bool[Array, " token"] | None = None,
 ) -> tuple[Float[Array, " token"], Float[Array, " token"]]:
     """See `token_logprobs`. Holds `[token, vocab]` arrays."""
+    del mask
     accumulate = wide(hidden.dtype)
-    logits = jnp.einsum("td,vd->tv", hidden, unembedding, preferred_element_type=accumulate)
+    logits = contract("td,vd->tv", hidden, unembedding, accumulate)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
     log_p = jax.nn.log_softmax(logits / jnp.asarray(temperature, accumulate), axis=-1)
     chosen = jnp.take_along_axis(log_p, targets[:, None], axis=1)[:, 0]
     return chosen, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

@@ -1,0 +1,1 @@
+"""Kernels for accelerators; one file a compiler, bodies apart from launches."""
