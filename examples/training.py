@@ -250,7 +250,10 @@ def _trackers(run: Run, first: int) -> tracking.Combined:
     resolved = describe(config, len(run.prompts.records))
     run.folder.mkdir(parents=True, exist_ok=True)
     tracking.write_atomic(run.folder / "config.yaml", resolved.encode())
-    ran_by = {"platform": jax.default_backend(), "log_probs": run.implementation.__name__}
+    ran_by = {
+        "platform": jax.default_backend(),
+        "log_probs": getattr(run.implementation, "__name__", ""),
+    }
     tracking.write_json(run.folder / "version.json", tracking.code_version() | ran_by)
     jsonl = tracking.Jsonl(run.folder / "metrics.jsonl")
     jsonl.truncate_after(first or -1)

@@ -313,7 +313,8 @@ def test_no_device_gathers_the_vocabulary_or_holds_its_logits():
     )
 
     def loss(hidden, head):
-        logprobs, entropy = function(hidden, head, jnp.zeros(64, jnp.int32))
+        targets = jnp.zeros(64, jnp.int32)
+        logprobs, entropy = token_logprobs(hidden, head, targets, implementation=function)
         return jnp.sum(logprobs) + jnp.sum(entropy)
 
     program = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()

@@ -22,6 +22,7 @@ class LogProbs(Protocol):
         hidden: Float[Array, "token width"],
         unembedding: Float[Array, "vocab width"],
         targets: Int[Array, " token"],
+        /,
         *,
         temperature: ScalarLike,
         soft_cap: float | None,

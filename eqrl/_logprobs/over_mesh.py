@@ -1,6 +1,7 @@
 """Log-probs with tokens and vocabulary spread over devices."""
 
 import functools
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -39,7 +40,7 @@ def over_mesh(
         ValueError: if an axis does not exist, or `implementation` is `"reference"`, which XLA
             partitions by itself.
     """
-    function = choose(implementation, jax.default_backend())
+    function: Any = choose(implementation, jax.default_backend())
     if function is reference:
         raise ValueError(
             "implementation='reference' is partitioned by XLA itself; pass it without a mesh"

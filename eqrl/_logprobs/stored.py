@@ -22,7 +22,7 @@ def stored(
     """See `token_logprobs`. Keeps one `[token, vocab]` array; `reference` holds several."""
     del mask  # of masked tokens the caller has compacted away what it can
     inverse = 1 / jnp.asarray(temperature, wide(hidden.dtype))
-    logprob, entropy = _stored(
+    logprob, entropy = _stored(  # pyright: ignore[reportGeneralTypeIssues]
         soft_cap, hidden, unembedding, targets.astype(jnp.int32)[:, None], inverse
     )
     return logprob[:, 0], entropy[:, 0]

@@ -80,7 +80,7 @@ def streamed(
     if layout is not None:
         tokens, vocab = layout.local(tokens, vocab)
     how = How(kernels, min(slice_size(tokens) if size is None else size, vocab), soft_cap, layout)
-    seen = _streamed(
+    logprob, entropy = _streamed(  # pyright: ignore[reportGeneralTypeIssues]
         how,
         hidden,
         unembedding,
@@ -88,7 +88,7 @@ def streamed(
         live[:, None],
         1 / jnp.asarray(temperature, dtype),
     )
-    return seen[0][:, 0], seen[1][:, 0]
+    return logprob[:, 0], entropy[:, 0]
 
 
 def slice_size(tokens: int) -> int:
