@@ -1,16 +1,20 @@
 """What a policy, a reference and a critic say of a rollout's tokens."""
 
+import functools
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jaxtyping import Array
 
 from ._logprobs import Implementation, token_logprobs
 from ._pack import pad_rows
 from ._prompts import coarse_bucket
 from ._types import Rollout, ScalarLike, Scores
-from .models import Transformer, ValueModel, previous
+from .models import Transformer, ValueModel, by_rows, previous
 
 
 def score(
@@ -21,6 +25,7 @@ def score(
     temperature: ScalarLike = 1.0,
     implementation: Implementation = None,
     buffer: int | None = None,
+    shards: int = 1,
     remat: bool = False,
 ) -> Scores:
     """Log-probs and entropy of the masked tokens, and the critic's values before them.
@@ -35,6 +40,7 @@ def score(
         implementation: of `token_logprobs`.
         buffer: how many masked tokens the buffer holds; tokens beyond it would be lost, so it must
             be at least `rollout.mask.sum()`. Every position by default.
+        shards: of the rows, over devices; see `token_logprobs`.
         remat: recompute each layer in the backward pass instead of keeping its activations.
     """
     hidden = policy(rollout.tokens, rollout.positions, remat=remat)
@@ -47,30 +53,62 @@ def score(
         temperature=temperature,
         mask=rollout.mask,
         buffer=buffer,
+        shards=shards,
         implementation=implementation,
     )
     values = None if critic is None else critic(rollout.tokens, rollout.positions, remat=remat)
     return Scores(logprobs, entropy, values)
 
 
-def buffer_size(mask, parts: int) -> int:
-    """The bucket that holds the masked tokens of the fullest of `parts` equal runs of rows."""
-    counts = np.asarray(mask).sum(axis=1).reshape(parts, -1).sum(axis=1)
-    return coarse_bucket(int(counts.max(initial=0)))
+def buffer_size(mask, parts: int, shards: int = 1) -> int:
+    """What holds the masked tokens of the fullest micro-batch: a bucket for each shard of it."""
+    return shards * coarse_bucket(int(_fullest(mask, parts, shards)))
 
 
-def parts_of(rows: int, micro_batch: int | None) -> tuple[int, int]:
-    """Number of micro-batches, and rows after padding them to equal size."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _fullest(mask, parts: int, shards: int):
+    """Masked tokens in a shard of a micro-batch, at most; one number, for all processes to read."""
+    counts = jnp.sum(mask, axis=1, dtype=jnp.int32).reshape(shards, -1, parts).sum(axis=1)
+    return jnp.max(counts, initial=0)
+
+
+def row_shards(x: Array) -> int:
+    """Over how many devices the rows of an array are spread."""
+    if not isinstance(x.sharding, NamedSharding) or not x.sharding.spec:
+        return 1
+    axes = x.sharding.spec[0]
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return math.prod(x.sharding.mesh.shape[name] for name in names if name is not None)
+
+
+def parts_of(rows: int, micro_batch: int | None, shards: int = 1) -> tuple[int, int]:
+    """Number of micro-batches, and rows after padding them to equal size.
+
+    A micro-batch has as many rows on each of `shards` devices: `micro_batch` is rounded up to that.
+    """
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch} must be at least 1, or None for all rows")
     size = rows if micro_batch is None else min(micro_batch, rows)
+    size = -(-size // shards) * shards
     parts = -(-rows // size)
     return parts, parts * size
 
 
 def split(tree, parts: int):
-    """Every array `[rows, ...]` as `[parts, rows / parts, ...]`, to be scanned."""
-    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
+    """Every array `[rows, ...]` as `[parts, rows / parts, ...]`, to be scanned.
+
+    Part p has the rows p, p + parts, ...: every device keeps the rows it has.
+    """
+
+    def one(x):
+        return by_rows(jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), axis=1)
+
+    return jax.tree.map(one, tree)
+
+
+def join(tree):
+    """The inverse of `split`."""
+    return jax.tree.map(lambda x: by_rows(jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])), tree)
 
 
 def annotate(
@@ -109,7 +147,8 @@ def annotate(
     if not wanted:
         return rollout
     rows = rollout.tokens.shape[0]
-    parts, padded_rows = parts_of(rows, micro_batch)
+    shards = row_shards(rollout.mask)
+    parts, padded_rows = parts_of(rows, micro_batch, shards)
     padded = pad_rows(rollout, padded_rows)
     found = _annotate(
         {name: models[name] for name in {_GIVEN_BY[field] for field in wanted}},
@@ -118,7 +157,8 @@ def annotate(
         temperature,
         implementation,
         parts,
-        buffer_size(padded.mask, parts),
+        buffer_size(padded.mask, parts, shards),
+        shards,
     )
     found = {name: x[:rows] for name, x in found.items()}
     return eqx.tree_at(
@@ -139,10 +179,15 @@ _GIVEN_BY = {
 
 
 @eqx.filter_jit
-def _annotate(models, rollout, wanted, temperature, implementation, parts, buffer):
+def _annotate(models, rollout, wanted, temperature, implementation, parts, buffer, shards):
     def scored(model, part: Rollout, temperature) -> Scores:
         return score(
-            model, part, temperature=temperature, implementation=implementation, buffer=buffer
+            model,
+            part,
+            temperature=temperature,
+            implementation=implementation,
+            buffer=buffer,
+            shards=shards,
         )
 
     def one(part: Rollout):
@@ -162,5 +207,4 @@ def _annotate(models, rollout, wanted, temperature, implementation, parts, buffe
             found["sum_pi_squared"] = jnp.where(part.mask, squared, 0)
         return {name: found[name] for name in wanted}
 
-    found = lax.map(one, split(rollout, parts))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    return join(lax.map(one, split(rollout, parts)))

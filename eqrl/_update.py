@@ -1,7 +1,7 @@
 """One optimizer step: score, loss, gradient over micro-batches, guard, apply."""
 
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -15,7 +15,7 @@ from ._logprobs import Implementation
 from ._losses.ratio import log_ratio
 from ._masked import zero_unmasked
 from ._pack import pad_rows
-from ._score import buffer_size, parts_of, score, split
+from ._score import buffer_size, parts_of, row_shards, score, split
 from ._types import Batch, Metrics, ScalarLike, Scores, wide
 from .algorithms import Algorithm
 from .models import Transformer, ValueModel
@@ -117,11 +117,11 @@ def update(
         The next state, and metrics that are exact over the whole batch.
     """
     rows = batch.weights.shape[0]
-    parts, padded_rows = parts_of(rows, micro_batch)
+    shards = row_shards(batch.weights)
+    parts, padded_rows = parts_of(rows, micro_batch, shards)
     batch = _pad_batch(batch, padded_rows)
-    buffer = buffer_size(batch.rollout.mask, parts)
-    fixed = (batch, temperature, algorithm)
-    return _update(fixed, state, optimizer, implementation, parts, buffer, remat)
+    how = _How(implementation, parts, buffer_size(batch.rollout.mask, parts, shards), shards, remat)
+    return _update((batch, temperature, algorithm), state, optimizer, how)
 
 
 def minibatches(
@@ -158,8 +158,18 @@ def _pad_batch(batch: Batch, rows: int) -> Batch:
     return Batch(pad_rows(batch.rollout, rows), *padded)
 
 
+class _How(NamedTuple):
+    """What is fixed when the update is compiled."""
+
+    implementation: Implementation
+    parts: int
+    buffer: int
+    shards: int
+    remat: bool
+
+
 @eqx.filter_jit(donate="all-except-first")
-def _update(fixed, state, optimizer, implementation, parts, buffer, remat):
+def _update(fixed, state, optimizer, how: _How):
     batch, temperature, algorithm = fixed
     models: Models = (state.policy, state.critic)
     trainable, frozen = eqx.partition(models, eqx.is_inexact_array)
@@ -172,9 +182,10 @@ def _update(fixed, state, optimizer, implementation, parts, buffer, remat):
             part.rollout,
             critic=critic,
             temperature=temperature,
-            implementation=implementation,
-            buffer=buffer,
-            remat=remat,
+            implementation=how.implementation,
+            buffer=how.buffer,
+            shards=how.shards,
+            remat=how.remat,
         )
         loss, metrics = algorithm.loss(scores, part)
         return loss, (metrics | _sums(scores, part), _extremes(scores, part))
@@ -188,7 +199,7 @@ def _update(fixed, state, optimizer, implementation, parts, buffer, remat):
             jax.tree.map(lambda a, g: a + g.astype(a.dtype), old_gradient, gradient),
         ), None
 
-    split_batch = split(batch, parts)
+    split_batch = split(batch, how.parts)
     (sums, extremes, gradient), _ = lax.scan(
         step, _start(loss_of, trainable, split_batch), split_batch
     )

@@ -11,6 +11,7 @@ import datetime
 import difflib
 import math
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -20,11 +21,12 @@ import yaml
 from build import build_algorithm, build_optimizer, schedule, warmup_updates
 from options import Config
 
-from eqrl import algorithms
+from eqrl import algorithms, sharding
 
 
 __all__ = [
     "Config",
+    "batch_plan",
     "build_algorithm",
     "build_optimizer",
     "derived",
@@ -123,6 +125,9 @@ _ELSEWHERE = {
     "max_new_tokens": "rollout.max_tokens",
     "max_length_sample": "rollout.max_tokens",
     "model_path": "model",
+    "micro_batch_size": "optim.micro_batch",
+    "micro_batch_size_per_device": "optim.micro_batch_per_device",
+    "grad_accum_steps": "optim.micro_batch",
     "n": "rollout.samples",
     "ppo_epochs": "algo.epochs",
     "beta": "algo.kl",
@@ -213,6 +218,7 @@ def _check_numbers(config: Config) -> None:
         "data.max_prompt_tokens": 1,
         "rollout.prompts": 1,
         "rollout.samples": 1,
+        "rollout.passes": 1,
         "rollout.max_tokens": 1,
         "eval.prompts": 1,
         "eval.samples": 1,
@@ -238,14 +244,7 @@ def _check_algorithm(config: Config, algorithm: algorithms.Algorithm, critic: bo
             f"--rollout.samples {rollout.samples}: {name} compares the completions of a prompt; "
             f"give at least --rollout.samples {algorithm.min_group}"
         )
-    sequences = rollout.prompts * rollout.samples
-    if sequences % algo.minibatches:
-        valid = [n for n in range(1, sequences + 1) if sequences % n == 0]
-        nearest = min(valid, key=lambda n: abs(n - algo.minibatches))
-        raise ValueError(
-            f"--algo.minibatches {algo.minibatches} does not divide the {sequences} sequences of "
-            f"a step; nearest is --algo.minibatches {nearest}"
-        )
+    batch_plan(config)
     if critic and algorithm.target is None:
         raise ValueError(
             f"--algo.advantage or --algo.objective reads a critic's values, but {name} trains "
@@ -315,33 +314,66 @@ def _print(algorithm: algorithms.Algorithm) -> dict[str, str]:
     return {field.name: repr(getattr(algorithm, field.name)) for field in fields}
 
 
-def derived(config: Config, dataset_size: int | None = None) -> dict[str, Any]:
+# Where the command line says a quantity of the batch; the others are derived.
+_BATCH_FLAGS = {
+    "prompts_per_step": "rollout.prompts",
+    "samples_per_prompt": "rollout.samples",
+    "rollout_passes": "rollout.passes",
+    "epochs": "algo.epochs",
+    "minibatches": "algo.minibatches",
+    "micro_batch_sequences": "optim.micro_batch",
+    "micro_batch_sequences_per_device": "optim.micro_batch_per_device",
+}
+
+
+def batch_plan(config: Config, *, row_shards: int = 1, processes: int = 1) -> sharding.BatchPlan:
+    """How the configuration's sequences are spread over passes, micro-batches and devices.
+
+    Args:
+        config: resolved.
+        row_shards: the parts that the mesh cuts rows into.
+        processes: JAX processes.
+
+    Raises:
+        ValueError: if the numbers contradict each other, or do not fit the mesh; one sentence that
+            names both flags and the nearest valid value.
+    """
+    # Zero is "open" for the two sizes of a micro-batch, and too small for all others.
+    given = {name: _look_up(config, flag) or None for name, flag in _BATCH_FLAGS.items()}
+    try:
+        return sharding.plan_batch(**given, row_shards=row_shards, processes=processes)
+    except ValueError as error:
+        raise ValueError(re.sub(r"\b(\w+)=(\d+)", _as_flag, str(error))) from None
+
+
+def _as_flag(match: re.Match[str]) -> str:
+    """`micro_batch_sequences=4` as `--optim.micro-batch 4`; what has no flag stays."""
+    flag = _BATCH_FLAGS.get(match[1])
+    return match[0] if flag is None else f"--{flag.replace('_', '-')} {match[2]}"
+
+
+def derived(
+    config: Config, dataset_size: int | None = None, *, row_shards: int = 1, processes: int = 1
+) -> dict[str, Any]:
     """Every number that follows from a resolved configuration.
 
     Args:
         config: resolved.
         dataset_size: number of training problems, if known.
+        row_shards: the parts that the mesh cuts rows into.
+        processes: JAX processes.
     """
-    rollout, algo, optim = config.rollout, config.algo, config.optim
-    sequences = rollout.prompts * rollout.samples
-    minibatch = sequences // algo.minibatches
-    micro = min(optim.micro_batch or minibatch, minibatch)
-    updates = algo.epochs * algo.minibatches
-    total = config.steps * updates
-    constant = optim.schedule == "constant"
-    numbers = {
-        "sequences_per_step": sequences,
-        "rollouts_per_step_at_most": 1 + (algo.max_refills or 0),
-        "tokens_per_step_at_most": sequences * rollout.max_tokens * (1 + (algo.max_refills or 0)),
-        "passes_per_step": algo.epochs,
-        "minibatch_sequences": minibatch,
-        "micro_batch_sequences": micro,
-        "accumulation_steps": -(-minibatch // micro),
-        "updates_per_step": updates,
+    plan = batch_plan(config, row_shards=row_shards, processes=processes)
+    total = config.steps * plan.updates_per_step
+    rollouts = 1 + (config.algo.max_refills or 0)
+    constant = config.optim.schedule == "constant"
+    numbers = plan.table() | {
+        "rollouts_per_step_at_most": rollouts,
+        "tokens_per_step_at_most": plan.sequences_per_step * config.rollout.max_tokens * rollouts,
         "updates": total,
         "schedule_updates": 0 if constant else total,
         "warmup_updates": 0 if constant else warmup_updates(config, total),
-        "prompts_seen": config.steps * rollout.prompts,
+        "prompts_seen": config.steps * plan.prompts_per_step,
     }
     if dataset_size is not None:
         numbers["dataset_size"] = dataset_size
@@ -349,17 +381,21 @@ def derived(config: Config, dataset_size: int | None = None) -> dict[str, Any]:
     return numbers
 
 
-def describe(config: Config, dataset_size: int | None = None) -> str:
+def describe(
+    config: Config, dataset_size: int | None = None, *, row_shards: int = 1, processes: int = 1
+) -> str:
     """The resolved configuration and what follows from it, as YAML that `--config` reads back.
 
     Args:
         config: resolved.
         dataset_size: number of training problems, if known.
+        row_shards: the parts that the mesh cuts rows into.
+        processes: JAX processes.
     """
     tree = dataclasses.asdict(config)
     del tree["print_config"]
     algorithm = build_algorithm(config)
-    numbers = derived(config, dataset_size)
+    numbers = derived(config, dataset_size, row_shards=row_shards, processes=processes)
     tree["derived"] = numbers | {"algorithm": _print(algorithm)}
     several = {"old_logprobs"} if numbers["updates_per_step"] > 1 else set()
     tree["derived"]["requires"] = sorted(algorithm.requires | several)

@@ -50,9 +50,9 @@ class Algo:
     kl: OpenNumber = None
     """KL coefficient (default: the algorithm's own)"""
     epochs: OpenCount = None
-    """passes over each rollout (default: ppo, vapo 2, else 1)"""
+    """times each rollout is trained on (default: ppo, vapo 2, else 1)"""
     minibatches: OpenCount = None
-    """updates per pass (default: ppo, vapo 4; new surrogates, gspo and on, 2; else 1)"""
+    """updates per epoch (default: ppo, vapo 4; new surrogates, gspo and on, 2; else 1)"""
     max_refills: OpenCount = None
     """dynamic sampling: extra rollouts per step at most (default: dapo 3)"""
 
@@ -83,6 +83,8 @@ class Rollout:
     """completions per prompt (default: demo 8, else 4)"""
     max_tokens: OpenCount = None
     """new tokens per completion at most (default: demo 64, else 256)"""
+    passes: Count = 1
+    """calls of the sampler for a step's prompts; more need less memory"""
     temperature: Number = 1.0
     """of sampling, and of the log-probs that train"""
     backend: Literal["naive"] = "naive"
@@ -116,7 +118,9 @@ class Optim:
     weight_decay: Number = 0.0
     """on matrices only"""
     micro_batch: Count = 0
-    """sequences per forward and backward; 0 = a whole minibatch"""
+    """sequences per backward pass, all devices; 0 = a whole minibatch"""
+    micro_batch_per_device: Count = 0
+    """the same for one device, whatever the mesh; 0 = follow micro-batch"""
 
 
 # Held-out problems.

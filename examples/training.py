@@ -252,7 +252,7 @@ def _trackers(run: Run, first: int) -> tracking.Combined:
     tracking.write_atomic(run.folder / "config.yaml", resolved.encode())
     ran_by = {
         "platform": jax.default_backend(),
-        "log_probs": getattr(run.implementation, "__name__", ""),
+        "log_probs": getattr(run.implementation, "__name__", repr(run.implementation)),
     }
     tracking.write_json(run.folder / "version.json", tracking.code_version() | ran_by)
     jsonl = tracking.Jsonl(run.folder / "metrics.jsonl")

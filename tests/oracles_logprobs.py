@@ -60,6 +60,11 @@ def check(got, want, dtype):
         # Products of bfloat16 are exact in float32: only gradients are rounded.
         rtol, atol = LOGPROB_TOLERANCE[summed if i < 2 else dtype]
         scale = 1 if i < 2 else max(np.abs(b).max(), 1e-30)
-        np.testing.assert_allclose(
-            np.asarray(a.astype(summed), np.float64), b, rtol=rtol, atol=atol * scale
-        )
+        if i == 3 and dtype == "bfloat16":
+            # Rows of no target are far smaller than those of targets, and a tolerance for bfloat16
+            # would not see them.
+            rows = np.abs(b).max(axis=1, keepdims=True)
+            scale = np.maximum(4 * rows, 1e-6 * scale)
+        got = np.asarray(a.astype(summed), np.float64)
+        far = np.abs(got - b) > rtol * np.abs(b) + atol * scale
+        assert not far.any() and np.isfinite(got).all(), (i, far.sum(), np.abs(got - b).max())

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from build import build_algorithm
 
-from eqrl import algorithms
+from eqrl import algorithms, sharding
 
 
 NAMES = ("reinforce", "ppo", "grpo", "rloo", "dapo", "reinforce++", "reinforce++-baseline")
@@ -237,7 +237,7 @@ def test_derived_numbers():
     expected = {
         "sequences_per_step": 24,
         "tokens_per_step_at_most": 1200,
-        "passes_per_step": 2,
+        "epochs": 2,
         "minibatch_sequences": 6,
         "micro_batch_sequences": 4,
         "accumulation_steps": 2,
@@ -251,6 +251,28 @@ def test_derived_numbers():
     assert {name: numbers[name] for name in expected} == expected
 
 
+def test_print_config_shows_the_whole_table_of_the_batch():
+    words = ["--rollout.prompts", "6", "--rollout.samples", "4", "--rollout.passes", "3"]
+    words += ["--optim.micro-batch-per-device", "2"]
+    chosen = cli.parse(words)
+    alone = yaml.safe_load(cli.describe(chosen))["derived"]
+    assert set(sharding.plan_batch(sequences_per_step=6, prompts_per_step=6).table()) <= set(alone)
+    spread = yaml.safe_load(cli.describe(chosen, row_shards=8, processes=2))["derived"]
+    names = ("sequences_per_step", "prompts_per_pass", "sequences_per_device", "row_shards")
+    names += ("micro_batch_sequences", "accumulation_steps", "padded_update_sequences")
+    assert [alone[name] for name in names] == [24, 2, 8, 1, 2, 12, 0]
+    assert [spread[name] for name in names] == [24, 2, 1, 8, 16, 2, 8]
+    plan = cli.batch_plan(chosen, row_shards=8, processes=2)
+    assert {name: spread[name] for name in plan.table()} == plan.table()
+
+
+def test_a_mesh_that_a_micro_batch_does_not_fill_is_refused_by_flag():
+    chosen = cli.parse(["--optim.micro-batch", "12"])
+    assert cli.batch_plan(chosen, row_shards=4).accumulation_steps == 11
+    with pytest.raises(ValueError, match=r"--optim.micro-batch 12 .*=8; .* --optim.micro-batch 8$"):
+        cli.batch_plan(chosen, row_shards=8)
+
+
 @pytest.mark.parametrize(
     ("words", "names", "remedy"),
     [
@@ -260,6 +282,10 @@ def test_derived_numbers():
         ("--optim.critic-lr 1e-3", "--optim.critic-lr", "--algo.name ppo"),
         ("--algo.max-refills 2", "--algo.max-refills", "--algo.name dapo"),
         ("--algo.minibatches 7", "--algo.minibatches 7", "--algo.minibatches 8"),
+        ("--optim.micro-batch 99 --algo.minibatches 2", "-batch 99", "--optim.micro-batch 64"),
+        ("--optim.micro-batch 8 --optim.micro-batch-per-device 4", "-batch 8", "-per-device 8"),
+        ("--rollout.passes 9", "--rollout.passes 9", "--rollout.passes 8"),
+        ("--rollout.passes 0", "--rollout.passes 0", "at least 1"),
         ("--algo.epochs 0", "--algo.epochs 0", "at least 1"),
         ("--steps -1", "--steps -1", "at least 0"),
         ("--optim.lr nan", "--optim.lr nan", "at least 0"),
@@ -290,6 +316,7 @@ def test_what_cannot_work_is_refused_with_the_remedy(capsys, words, names, remed
         ("rollout: {promts: 3}", "rollout.promts", "rollout.prompts"),
         ("rollout: {batch_size: 3}", "rollout.batch_size", "rollout.prompts"),
         ("optim: {learning_rate: 3e-6}", "optim.learning_rate", "optim.lr"),
+        ("micro_batch_size: 3", "micro_batch_size", "optim.micro_batch"),
         ("algo: ppo", "algo", "algo.name"),
         ("stepz: 1", "stepz", "steps"),
     ],

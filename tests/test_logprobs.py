@@ -57,11 +57,16 @@ def test_gradients_in_float64(member, soft_cap, x64):
 
 @implementations
 @types
-def test_logits_of_ten_thousand(member, dtype):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logits_of_ten_thousand(member, temperature, dtype):
     hidden, head, targets = inputs(18, 64, 513, dtype, scale=3e3)
     assert np.abs(np.asarray(hidden.astype(jnp.float32) @ head.astype(jnp.float32).T)).max() > 1e4
     arguments = hidden, head, targets, cotangents(18)
-    check(ask(member.function, *arguments), oracle(*arguments), dtype)
+    check(
+        ask(member.function, *arguments, temperature=temperature),
+        oracle(*arguments, temperature),
+        dtype,
+    )
 
 
 @implementations
@@ -93,6 +98,63 @@ def test_masked_tokens_are_worth_nothing(member, dtype, buffer):
     want = oracle(hidden, head, targets, weights * mask)
     check(got, [want[0] * mask, want[1] * mask, *want[2:]], dtype)
     np.testing.assert_array_equal(np.asarray(got[2].astype(jnp.float32))[~mask], 0)
+
+
+@implementations
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_no_tokens_or_one(member, tokens):
+    arguments = *inputs(tokens, 6, 37), cotangents(tokens)
+    got = ask(functools.partial(token_logprobs, implementation=member.function), *arguments)
+    want = oracle(*arguments)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        close(a, b)
+
+
+@implementations
+def test_no_log_prob_of_a_token_that_does_not_exist(member):
+    hidden, head, _ = inputs(4, 6, 37)
+    targets = jnp.array([-100, 36, 37, -1])
+    got = token_logprobs(hidden, head, targets, implementation=member.function)[0]
+    np.testing.assert_array_equal(np.isnan(np.asarray(got)), [True, False, True, True])
+    masked = token_logprobs(
+        hidden, head, targets, mask=targets == 36, implementation=member.function
+    )
+    assert np.isfinite(np.asarray(masked)).all()
+
+
+@pytest.mark.parametrize("size", [8, 100])
+def test_small_weights_survive_float16(size):
+    """A token of thousands has a derivative below float16's smallest number."""
+    hidden, head, targets = inputs(9, 16, 64, "float16")
+    weights = cotangents(9) * 1e-6
+    function = functools.partial(chunked, size=size) if size == 8 else chunked
+    got = ask(function, hidden, head, targets, weights)[3]
+    want = oracle(hidden, head, targets, weights)[3]
+    large = np.abs(want) > 1e-6
+    np.testing.assert_allclose(np.asarray(got, np.float64)[large], want[large], rtol=0.05)
+
+
+@plain
+def test_nothing_is_learned_about_the_temperature(member):
+    def loss(temperature):
+        return jnp.sum(member.function(*inputs(5, 6, 37), temperature=temperature)[0])
+
+    assert jax.grad(loss)(0.7) == 0
+
+
+@pytest.mark.parametrize("size", [16, None])
+def test_second_derivatives_are_finite(size):
+    hidden, head, targets = inputs(7, 6, 50, scale=3.0)
+
+    def loss(hidden):
+        logprobs, entropy = chunked(hidden, head, targets, size=size)
+        return jnp.sum(logprobs**2) + jnp.sum(entropy)
+
+    def norm(hidden):
+        return jnp.sum(jax.grad(loss)(hidden) ** 2)
+
+    assert np.isfinite(np.asarray(jax.grad(norm)(hidden))).all()
 
 
 def test_outside_jit_only_tokens_that_are_not_masked_go_through_the_head():
@@ -142,10 +204,10 @@ def test_only_rows_that_count_and_targets_that_are_here(member):
     here = (first <= targets) & (targets < last)
     seen = member.kernels.absorb(hidden, rows, *given, 300)
     chosen = np.where(here, z[np.arange(20), np.clip(targets, 0, 699)], 0)
-    np.testing.assert_allclose(np.asarray(seen.chosen)[:, 0], chosen, rtol=1e-5, atol=1e-5)
-    mass = np.asarray(seen.mass, np.float64)[:, 0] * np.exp(np.asarray(seen.maximum)[:, 0])
+    np.testing.assert_allclose(np.asarray(seen.chosen)[:, 0] / 2, chosen, rtol=1e-5, atol=1e-5)
+    mass = np.asarray(seen.mass, np.float64)[:, 0] * np.exp(np.asarray(seen.maximum)[:, 0] / 2)
     np.testing.assert_allclose(mass, np.exp(z[:, first:last]).sum(axis=1), rtol=1e-5)
-    _, entropy, log_mass = outcome(seen)
+    _, entropy, log_mass = outcome(seen, jnp.float32(0.5))
     row = Row(seen.maximum, log_mass, entropy, jnp.ones((20, 1)), jnp.zeros((20, 1)))
     of_product = np.asarray(member.kernels.differentiate(hidden, rows, *given, row))
     np.testing.assert_array_equal(of_product[:, :first], 0)
@@ -225,7 +287,13 @@ def test_an_unknown_name_is_refused():
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"soft_cap": 0.0}, "soft_cap=0.0 must be above 0"), ({"buffer": 4}, "needs `mask`")],
+    [
+        ({"soft_cap": 0.0}, "soft_cap=0.0 must be above 0"),
+        ({"temperature": 0}, "temperature=0 must be above 0"),
+        ({"buffer": 4}, "needs `mask`"),
+        ({"buffer": 2, "mask": jnp.ones(3, bool)}, "holds 2 tokens a shard, and 3 are not masked"),
+        ({"shards": 2, "mask": jnp.ones(3, bool)}, "shards=2 must divide 3 tokens"),
+    ],
 )
 def test_senseless_options_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
@@ -273,6 +341,10 @@ def test_memory_is_a_twentieth_of_the_definitions_and_grows_with_tokens_alone(dt
 
 
 # --- in the score and the update, and on many devices ---------------------------------------------
+
+
+def logprobs_over(mesh):
+    return logprobs.over_mesh(mesh, vocab=None, width=None)
 
 
 def on_mesh(shape):
@@ -323,6 +395,28 @@ def test_no_device_gathers_the_vocabulary_or_holds_its_logits():
     assert "f32[2048,16]" in text, "the device's own entries in full width"
     for shape in ("[4096,16]", "[16,4096]", "[64,4096]", "[16,2048]"):
         assert f"f32{shape}" not in text, f"{shape} is on a device"
+
+
+def test_tokens_are_condensed_where_they_are():
+    """With one shard a device, no device sees the tokens of another."""
+    mesh = on_mesh((2, 4, 1))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+    hidden, head, targets = inputs(1_024, 24, 64)
+    mask = jnp.arange(1_024) % 3 == 0
+
+    def loss(hidden, mask):
+        logprobs, entropy = token_logprobs(
+            hidden, head, targets, mask=mask, buffer=512, shards=8,
+            implementation=logprobs_over(mesh),
+        )  # fmt: skip
+        return jnp.sum(logprobs) + jnp.sum(entropy)
+
+    arguments = jax.device_put(hidden, rows), jax.device_put(mask, rows)
+    text = jax.jit(jax.grad(loss)).lower(*arguments).compile().as_text()
+    assert text is not None and "f32[1024,24]" not in text and "f32[1,1024,24]" not in text
+    got = jax.jit(jax.grad(loss))(*arguments)
+    want = oracle(hidden, head, targets, np.ones((2, 1_024)) * np.asarray(mask))[2]
+    close(got, want.astype(np.float32))
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,10 @@ def test_tokens_that_are_not_live_are_skipped_and_spread_nothing(length):
     kernels = mosaic_tpu._kernels(Launch(Tiles(128 if length == 128 else 512, 128, 32), True))
     seen = kernels.absorb(hidden, rows, *given, None)
     np.testing.assert_array_equal(np.asarray(seen.mass)[dead], 1)
-    np.testing.assert_array_equal(np.asarray(outcome(seen)[0])[dead], 0)
-    assert np.isfinite(np.asarray(outcome(seen)[1])[live]).all()
+    np.testing.assert_array_equal(np.asarray(outcome(seen, jnp.float32(0.5))[0])[dead], 0)
+    assert np.isfinite(np.asarray(outcome(seen, jnp.float32(0.5))[1])[live]).all()
     assert (np.asarray(seen.mass)[live] != 1).all(), "tokens that are live were skipped"
-    logprob, entropy, log_mass = outcome(seen)
+    logprob, entropy, log_mass = outcome(seen, jnp.float32(0.5))
     ones = jnp.ones_like(logprob)
     row = Row(seen.maximum, log_mass, entropy, ones, ones)
     of_product = np.asarray(kernels.differentiate(hidden, rows, *given, row))

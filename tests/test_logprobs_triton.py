@@ -50,9 +50,9 @@ def test_a_dead_token_spreads_nothing():
     columns, inverse = jnp.array([0, 50], jnp.int32), jnp.float32(1)
     kernels = triton._kernels(True)
     seen = kernels.absorb(hidden, rows, targets[:, None], columns, live, inverse, None, None)
-    assert all(np.isfinite(np.asarray(x)).all() for x in outcome(seen))
+    assert all(np.isfinite(np.asarray(x)).all() for x in outcome(seen, inverse))
     ones = jnp.ones((40, 1))
-    row = Row(seen.maximum, outcome(seen)[2], outcome(seen)[1], ones, ones)
+    row = Row(seen.maximum, outcome(seen, inverse)[2], outcome(seen, inverse)[1], ones, ones)
     of_product = kernels.differentiate(
         hidden, rows, targets[:, None], columns, live, inverse, None, row
     )

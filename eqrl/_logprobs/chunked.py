@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._types import ScalarLike
 from .layout import Layout
-from .online import Seen, absorb, contract, differentiate, nothing, squash
+from .online import Seen, absorb, contract, differentiate, narrowed, nothing, squash
 from .stored import stored
 from .streamed import Kernels, slices, streamed
 
@@ -51,12 +51,12 @@ def chunked(
     )
 
 
-def _logits(hidden, rows, columns, targets, inverse, soft_cap):
-    """Logits of some vocabulary entries, which of them count, and where the target is."""
-    product = contract("td,vd->tv", hidden, rows, inverse.dtype)
+def _logits(hidden, rows, columns, targets, dtype, soft_cap):
+    """Some entries' logits before the temperature, which of them count, and where the target is."""
+    product = contract("td,vd->tv", hidden, rows, dtype)
     index = jnp.arange(rows.shape[0], dtype=jnp.int32)[None, :]
     counts = (columns[0] <= index) & (index < columns[1])
-    return squash(product, inverse, soft_cap), counts, index == targets
+    return squash(product, soft_cap), counts, index == targets
 
 
 def _absorb(hidden, unembedding, targets, columns, live, inverse, soft_cap, size) -> Seen:
@@ -66,8 +66,8 @@ def _absorb(hidden, unembedding, targets, columns, live, inverse, soft_cap, size
         start, fresh = where
         rows = lax.dynamic_slice_in_dim(unembedding, start, size)
         here = jnp.stack([jnp.maximum(fresh, columns[0] - start), columns[1] - start])
-        z, counts, hit = _logits(hidden, rows, here, targets - start, inverse, soft_cap)
-        return absorb(seen, z, counts, hit), None
+        x, counts, hit = _logits(hidden, rows, here, targets - start, inverse.dtype, soft_cap)
+        return absorb(seen, x, counts, hit, inverse), None
 
     seen = nothing(hidden.shape[0], inverse.dtype)
     return lax.scan(step, seen, slices(unembedding.shape[0], size))[0]
@@ -75,8 +75,8 @@ def _absorb(hidden, unembedding, targets, columns, live, inverse, soft_cap, size
 
 def _differentiate(hidden, rows, targets, columns, live, inverse, soft_cap, row):
     del live  # their cotangents are 0
-    z, counts, hit = _logits(hidden, rows, columns, targets, inverse, soft_cap)
-    return differentiate(z, counts, hit, row, inverse, soft_cap).astype(hidden.dtype)
+    x, counts, hit = _logits(hidden, rows, columns, targets, inverse.dtype, soft_cap)
+    return narrowed(differentiate(x, counts, hit, row, inverse, soft_cap), hidden.dtype)
 
 
 KERNELS = Kernels(_absorb, _differentiate)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec as P
 
+from .._types import wide
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -48,8 +50,8 @@ class Layout:
     def run(self, local: Callable, hidden, unembedding, targets, live, inverse, *per_token):
         """`local` on every device, with its tokens and its vocabulary entries.
 
-        What does not divide is padded: with tokens that are not live, entries beyond the
-        vocabulary, and nothing else; the padding is cut off the results.
+        Tokens and entries that do not divide are padded: with tokens that are not live, and entries
+        beyond the vocabulary; the padding is cut off the results.
 
         Args:
             local: takes the arrays below as one device holds them. Gives arrays per token, or
@@ -62,6 +64,11 @@ class Layout:
             *per_token: more arrays `[token, 1]`.
         """
         tokens, vocab = hidden.shape[0], unembedding.shape[0]
+        if unembedding.shape[1] % self.extent(self.width):
+            raise ValueError(
+                f"a width of {unembedding.shape[1]} does not divide among the "
+                f"{self.extent(self.width)} devices of axis {self.width!r}; pass width=None"
+            )
         more_tokens = -tokens % self.extent(*self.rows)
         more_vocab = -vocab % self.extent(self.vocab)
         hidden, targets, live, *per_token = (
@@ -91,13 +98,16 @@ class Layout:
         if self.vocab is not None:
             of_hidden = lax.psum(of_hidden, self.vocab)
         whole = tuple(name for name in self.rows if name != self.width)
+        # Parts of a sum keep the digits that the sum needs.
+        dtype = of_unembedding.dtype
+        of_unembedding = of_unembedding.astype(wide(dtype))
         if self.width is not None:
             of_unembedding = lax.psum_scatter(
                 of_unembedding, self.width, scatter_dimension=1, tiled=True
             )
         if whole:
             of_unembedding = lax.psum(of_unembedding, whole)
-        return of_hidden, of_unembedding
+        return of_hidden, of_unembedding.astype(dtype)
 
 
 def _pad(x, rows: int):

@@ -11,6 +11,7 @@ from .layout import Layout
 from .reference import reference
 
 
+@functools.cache
 def over_mesh(
     mesh: Mesh,
     *,
@@ -21,10 +22,11 @@ def over_mesh(
 ) -> LogProbs:
     """An implementation of `token_logprobs` for arrays that lie on a mesh.
 
-    Each device computes the statistics of its tokens over its part of the vocabulary, and what
-    crosses devices is four numbers a token. No device holds logits, and none gathers more of the
-    unembedding than its own vocabulary entries. Numbers of tokens and entries that do not divide
-    are padded.
+    Each device computes the statistics of its tokens over its part of the vocabulary. What crosses
+    devices is four numbers a token for the softmax, the width of a device's own vocabulary entries,
+    and in the backward pass the sums of both gradients, in float32. Numbers of tokens and entries
+    that do not divide are padded. Equal arguments give the same function, so programs that were
+    compiled for it are found again.
 
     Args:
         mesh: the devices.

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from .._types import ScalarLike, wide
@@ -23,6 +24,7 @@ def reference(
     logits = contract("td,vd->tv", hidden, unembedding, accumulate)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
-    log_p = jax.nn.log_softmax(logits / jnp.asarray(temperature, accumulate), axis=-1)
+    temperature = lax.stop_gradient(jnp.asarray(temperature, accumulate))
+    log_p = jax.nn.log_softmax(logits / temperature, axis=-1)
     chosen = jnp.take_along_axis(log_p, targets[:, None], axis=1)[:, 0]
     return chosen, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

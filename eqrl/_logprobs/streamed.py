@@ -79,7 +79,8 @@ def streamed(
     tokens, vocab = hidden.shape[0], unembedding.shape[0]
     if layout is not None:
         tokens, vocab = layout.local(tokens, vocab)
-    how = How(kernels, min(slice_size(tokens) if size is None else size, vocab), soft_cap, layout)
+    size = slice_size(tokens, vocab) if size is None else min(size, vocab)
+    how = How(kernels, size, soft_cap, layout)
     logprob, entropy = _streamed(  # pyright: ignore[reportGeneralTypeIssues]
         how,
         hidden,
@@ -91,15 +92,18 @@ def streamed(
     return logprob[:, 0], entropy[:, 0]
 
 
-def slice_size(tokens: int) -> int:
+def slice_size(tokens: int, vocab: int) -> int:
     """Rows of the unembedding a slice of the backward pass.
 
     A slice of s rows is 6 s d FLOPs a token, and 12 d + 6 s bytes in bfloat16: hidden states twice,
     their gradient in float32 to and fro, and the slice's derivative once out and twice in. At 2,048
     rows that is 680 FLOPs a byte for d = 2,048, above every chip's ridge; more only takes memory.
-    On CPU 4,096 were the fastest and the smallest in trials.
+    On CPU 4,096 were the fastest and the smallest in trials. As many slices as that makes are then
+    cut to equal size, for rows that two of them hold are computed twice.
     """
-    return 4096 if tokens <= 16384 else 2048
+    most = 4096 if tokens <= 16384 else 2048
+    count = -(-vocab // most)
+    return min(vocab, -(-vocab // count // 128) * 128)
 
 
 def _run(how: How, local: Callable, hidden, unembedding, *per_token):
@@ -125,8 +129,8 @@ def _forward(how: How, hidden, unembedding, targets, live, inverse):
         )
         if how.layout is not None and how.layout.vocab is not None:
             over = how.layout.vocab
-            seen = merge(seen, lambda x: lax.pmax(x, over), lambda x: lax.psum(x, over))
-        logprob, entropy, log_mass = outcome(seen)
+            seen = merge(seen, lambda x: lax.pmax(x, over), lambda x: lax.psum(x, over), inverse)
+        logprob, entropy, log_mass = outcome(seen, inverse)
         return logprob, entropy, seen.maximum, log_mass
 
     logprob, entropy, *kept = _run(how, local, hidden, unembedding, targets, live, inverse)

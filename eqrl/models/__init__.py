@@ -6,9 +6,11 @@ from ._attention import (
     attention_head_major as attention_head_major,
     causal as causal,
 )
+from ._constrain import by_rows as by_rows
 from ._layer import Layer as Layer
 from ._linear import Linear as Linear
 from ._load import Loaded as Loaded, load as load
+from ._partition import PARTITION as PARTITION, units as units
 from ._previous import previous as previous
 from ._resolve import smollm2 as smollm2
 from ._rope import RopeScaling as RopeScaling, Rotary as Rotary

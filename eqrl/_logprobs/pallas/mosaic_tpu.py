@@ -69,8 +69,8 @@ def _absorb_body(
             ref[group, :] = value
 
     def finish(strip):
-        z, counts, hit = _logits(product[strip, :], tile, scalars, own[strip, 0:1], soft_cap)
-        seen = absorb(Seen(*(ref[strip, :] for ref in state)), z, counts, hit)
+        x, counts, hit = _logits(product[strip, :], tile, scalars, own[strip, 0:1], soft_cap)
+        seen = absorb(Seen(*(ref[strip, :] for ref in state)), x, counts, hit, inverse[0])
         for ref, value in zip(state, seen, strict=True):
             ref[strip, :] = value
 
@@ -100,8 +100,8 @@ def _differentiate_body(
 
     def finish(strip):
         target, live, *row = (own[strip, i : i + 1] for i in range(7))
-        z, counts, hit = _logits(product[strip, :], tile, scalars, target, soft_cap)
-        result = differentiate(z, counts & (live > 0), hit, Row(*row), inverse[0], soft_cap)
+        x, counts, hit = _logits(product[strip, :], tile, scalars, target, soft_cap)
+        result = differentiate(x, counts & (live > 0), hit, Row(*row), inverse[0], soft_cap)
         out[strip, :] = result.astype(out.dtype)
 
     def close(group, works):
@@ -172,12 +172,12 @@ def _multiply(a, b, start, width):
 
 
 def _logits(product, tile, scalars, target, soft_cap):
-    """Logits of the tile, which of its columns count, and where the targets are."""
+    """The tile's logits before the temperature, which columns count, and where the targets are."""
     size = product.shape[1]
     index = tile * size + lax.broadcasted_iota(jnp.int32, (1, size), 1)
     counts = (scalars.columns[0] <= index) & (index < scalars.columns[1])
     hit = index == pltpu.bitcast(target, jnp.int32)
-    return squash(product, scalars.inverse[0], soft_cap), counts, hit
+    return squash(product, soft_cap), counts, hit
 
 
 def _as_lanes(*columns):
@@ -216,6 +216,7 @@ def choose_tiles(tokens: int, rows: int, width: int, bytes_each: int) -> Tiles:
     """
     small = not pltpu.is_tpu_device() or pltpu.get_tpu_info().vmem_capacity_bytes <= 16 << 20
     most = 512 if small else 1024
+    tokens = max(tokens, 1)
     # float32 blocks are kept as three bfloat16 ones besides.
     pieces = pl.cdiv(width * bytes_each, 4096 if small else 32768 // bytes_each)
     piece = width if pieces == 1 else _up(pl.cdiv(width, pieces), 128)

@@ -21,7 +21,6 @@ or are written twice with the same value (`differentiate`, and tokens).
 
 import functools
 import math
-import warnings
 from typing import NamedTuple
 
 import jax
@@ -257,10 +256,11 @@ def _absorb_kernel(
 
     def step(tile, seen):
         row = _start(tile, tiles.rows, rows)
-        z = squash(_product(tiles, hidden_ref, rows_ref, token, row), inverse_ref[0], soft_cap)
+        x = squash(_product(tiles, hidden_ref, rows_ref, token, row), soft_cap)
         counts, hit = _columns(tiles, row, columns_ref, targets)
         fresh = row + jnp.arange(tiles.rows, dtype=jnp.int32)[None, :] >= tile * tiles.rows
-        return _flat(absorb(Seen(*[x[:, None] for x in seen]), z, counts & fresh, hit))
+        before = Seen(*[part[:, None] for part in seen])
+        return _flat(absorb(before, x, counts & fresh, hit, inverse_ref[0]))
 
     alive = jnp.max(live_ref[pl.ds(token, tiles.tokens), 0])
     stop = jnp.minimum((split + 1) * share, row_tiles) * alive
@@ -297,11 +297,11 @@ def _differentiate_kernel(
     @pl.when(alive)
     def _():
         product = _product(tiles, hidden_ref, rows_ref, token, row)
-        z = squash(product, inverse_ref[0], soft_cap)
+        x = squash(product, soft_cap)
         counts, hit = _columns(tiles, row, columns_ref, targets_ref[here, :])
         of = Row(*[ref[here, :] for ref in row_refs])
         counts = counts & (live_ref[here, :] > 0)
-        of_product = differentiate(z, counts, hit, of, inverse_ref[0], soft_cap)
+        of_product = differentiate(x, counts, hit, of, inverse_ref[0], soft_cap)
         pltri.store(out, of_product.astype(out_ref.dtype))
 
     @pl.when(~alive)
@@ -332,6 +332,7 @@ def _absorb(
         Seen(*[x[:, : live.shape[0], None] for x in parts]),
         lambda x: jnp.max(x, axis=0, keepdims=True),
         lambda x: jnp.sum(x, axis=0, keepdims=True),
+        inverse,
     )
     # Of skipped tokens the kernel knows nothing, and log 0 is not finite.
     idle = Seen(*jnp.array([0, 1, 0, 0], jnp.float32))
@@ -374,8 +375,6 @@ def _at_least(x: Array) -> Array:
 
 
 def _launch(kernel, name: str, programs: int, tiles: Tiles, out_shape, interpret: bool):
-    # Said at lowering from jax 0.11 on, to whoever runs with warnings on, who can do nothing.
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
