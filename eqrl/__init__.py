@@ -2,8 +2,8 @@
 
 `prompts -> rollout -> reward -> (selection) -> advantage -> loss -> update`. The names here are the
 public surface, in that order; `eqrl.algorithms`, `eqrl.presets`, `eqrl.models`, `eqrl.samplers`,
-`eqrl.logprobs`, `eqrl.rewards`, `eqrl.data`, `eqrl.tracking` and `eqrl.checkpoint` are namespaces
-of their own.
+`eqrl.logprobs`, `eqrl.sharding`, `eqrl.rewards`, `eqrl.data`, `eqrl.tracking` and `eqrl.checkpoint`
+are namespaces of their own.
 """
 
 from importlib.metadata import version as _version
@@ -16,6 +16,7 @@ from . import (
     presets as presets,
     rewards as rewards,
     samplers as samplers,
+    sharding as sharding,
     tracking as tracking,
 )
 

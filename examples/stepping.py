@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from config import Config, derived, schedule
+from config import Config, batch_plan, derived, schedule
+from jaxtyping import PRNGKeyArray
 from task import Task
 
 import eqrl
@@ -56,7 +57,7 @@ def collect(
         with run.timer("rollout"):
             tokens = [run.prompts.tokens[i] for i in rows]
             batch = eqrl.pad_prompts(tokens, _distinct(run, rows), width=_width(run))
-            rollout = run.sampler(state.policy, batch, key=jr.fold_in(key, round))
+            rollout = _in_passes(run, state.policy, batch, jr.fold_in(key, round))
             jax.block_until_ready(rollout)
         with run.timer("reward"):
             rollout, scored = _reward(run, rollout, rows)
@@ -75,6 +76,26 @@ def collect(
             sample, run.algorithm.selection, prompts, rounds=run.config.algo.max_refills
         )
     return rollout, metrics | _described(run, sampled, baselines)
+
+
+def _in_passes(
+    run: Run, policy: models.Transformer, prompts: eqrl.Prompts, key: PRNGKeyArray
+) -> eqrl.Rollout:
+    """Completions of all prompts, in as many calls of the sampler as `--rollout.passes` says.
+
+    A completion depends on its prompt's id and not on its neighbours, so passes change memory only.
+    """
+    count, size = len(prompts.ids), batch_plan(run.config).prompts_per_pass
+    parts = []
+    for start in range(0, count, size):
+        # A last pass that is short repeats the last prompt: all passes are one program.
+        index = np.minimum(np.arange(start, start + size), count - 1)
+        part = run.sampler(policy, jax.tree.map(lambda x, i=index: x[i], prompts), key=key)
+        first = start * part.group.shape[0] // size
+        parts.append(dataclasses.replace(part, group=part.group + first))
+    whole = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    rows = count * whole.group.shape[0] // (len(parts) * size)
+    return jax.tree.map(lambda x: x[:rows], whole)
 
 
 def _with_greedy(
@@ -169,10 +190,11 @@ def learn(
     if config.algo.old_logprobs == "sampler":
         rollout = dataclasses.replace(rollout, old_logprobs=rollout.logprobs)
         requires -= {"old_logprobs"}
+    is_cut = config.optim.micro_batch or config.optim.micro_batch_per_device
     options = {
         "temperature": config.rollout.temperature,
         "implementation": run.implementation,
-        "micro_batch": config.optim.micro_batch or None,
+        "micro_batch": batch_plan(config).micro_batch_sequences if is_cut else None,
     }
     with run.timer("logp"):
         rollout = eqrl.annotate(

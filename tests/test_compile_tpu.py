@@ -30,7 +30,7 @@ KERNELS = 2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quiet():
+def _quiet(no_compilation_cache):
     """Keeps libtpu from asking a cloud where it is, and lets several processes load it."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
@@ -141,8 +141,8 @@ def test_on_a_mesh_with_vocabulary_and_width_spread():
     assert gathered, "the unembedding's width was to be gathered"
     for shape in gathered:
         assert max(map(int, shape.split(","))) <= VOCAB // 2
-    # A device's half of the unembedding in its whole width; its gradient, and that summed up.
-    assert _temporaries(compiled) < 5 * VOCAB // 2 * 896 * 2
+    # A device's half of the unembedding in its whole width; its gradient, and the float32 sum.
+    assert _temporaries(compiled) < 6 * VOCAB // 2 * 896 * 2
 
 
 def test_temporaries_do_not_grow_with_tokens_times_vocabulary():

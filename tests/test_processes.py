@@ -153,8 +153,9 @@ def test_no_prompt_or_key_repeats(count):
             processes.own_prompts(stream.take(16), part, count)
             for part, stream in enumerate(streams)
         ]
-        assert sum(parts, []) == alone.take(16)
-        seen += sum(parts, [])
+        taken = [prompt for part in parts for prompt in part]
+        assert taken == alone.take(16)
+        seen += taken
         key = jax.random.fold_in(jax.random.key(1), step)
         keys += [jax.random.key_data(row_keys(key, jnp.asarray(ids), 3)) for ids in parts]
     assert len(set(seen)) == len(seen) == 32
@@ -183,12 +184,10 @@ def test_arrays_there_and_back():
 
 
 def test_missing_worker_is_an_error(launch):
-    first, second = launch("alone", ids=[0]), launch("alone", ids=[1])
+    children = launch("alone", ids=[0])
     # Its three seconds, and what the interpreter needs to start on a busy machine.
-    assert first.wait(90) == {0: 1}
-    assert second.wait(60) == {1: 1}
-    assert "error: process 0/2 gave up after 3 s, for not all 2 processes" in first.log(0)
-    assert "error: process 1/2 gave up after 3 s, for process 0 does not answer" in second.log(1)
+    assert children.wait(60) == {0: 1}
+    assert "error: process 0/2 gave up after 3 s, for not all 2 processes" in children.log(0)
 
 
 def test_one_that_raises_ends_the_other(launch):

@@ -199,7 +199,7 @@ def test_weights_are_gathered_layer_by_layer():
         return jnp.sum(model(tokens, positions) ** 2)
 
     with jax.set_mesh(mesh):
-        text = jax.jit(jax.grad(loss)).lower(model).compile().as_text()
+        text = str(jax.jit(jax.grad(loss)).lower(model).compile().as_text())
     gathered = {
         tuple(map(int, shape.split(",")))
         for shape in re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", text)

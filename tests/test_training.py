@@ -8,17 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import evaluation
+import jax
 import numpy as np
 import pytest
 import yaml
 from config import parse
+from helpers import tiny_model
+from stepping import _in_passes
 from task import Task
 from training import train
 from word_problems import problems
 
-from eqrl import rewards, tracking
+import eqrl
+from eqrl import rewards, samplers, tracking
 from eqrl.models import load
 
 
@@ -53,6 +58,20 @@ def _task(*functions):
         weights=(1.0,) * len(functions),
         strict=judge,
         lenient=judge,
+    )
+
+
+@pytest.mark.parametrize("passes", ["2", "3", "5"])
+def test_passes_change_no_completion(passes):
+    """Three passes of two prompts: the last is short."""
+    policy = tiny_model()
+    prompts = eqrl.pad_prompts([[3, 4], [5], [6, 7, 8], [9, 9], [10]], range(5), step=4)
+    words = ["--rollout.prompts", "5", "--rollout.samples", "2", "--rollout.passes"]
+    decoder = samplers.Decoder(2, 6, (0, 1), 1.0)
+    run = types.SimpleNamespace(config=parse([*words, passes]), sampler=decoder)
+    got = _in_passes(run, policy, prompts, jax.random.key(3))  # pyright: ignore[reportArgumentType]
+    jax.tree.map(
+        np.testing.assert_array_equal, got, decoder(policy, prompts, key=jax.random.key(3))
     )
 
 

@@ -45,7 +45,7 @@ def one_step(axes: str | None = None) -> dict[str, np.ndarray]:
 
 def _step(state, algorithm, optimizer, mesh) -> dict[str, np.ndarray]:
     spread = (lambda x: x) if mesh is None else (lambda x: sharding.place_rows(x, mesh))
-    arguments = dict(implementation=logprobs.over_mesh(mesh) if mesh else None, micro_batch=8)
+    implementation = logprobs.over_mesh(mesh) if mesh else None
     key = jax.random.key(5)
     prompts = _prompts(mesh)
     greedy = samplers.Decoder(SAMPLES, 6, (0, 1), 0)(state.policy, prompts, key=key)
@@ -60,15 +60,18 @@ def _step(state, algorithm, optimizer, mesh) -> dict[str, np.ndarray]:
         policy=state.policy,
         reference=state.policy,
         critic=state.critic,
-        **arguments,
+        implementation=implementation,
+        micro_batch=8,
     )
-    outcome = eqrl.outcome(rollout.rewards[:, 0], rollout.mask)
+    outcome = eqrl.outcome(rollout.need("rewards")[:, 0], rollout.mask)
     batch, carried = jax.jit(algorithm.assign)(outcome, state.algorithm, rollout)
     # Groups are nothing to this algorithm; the same rollout has them.
     grouped = algorithms.grpo()
     by_group, _ = jax.jit(grouped.assign)(outcome, grouped.init(), rollout)
     state = dataclasses.replace(state, algorithm=carried)
-    state, metrics = eqrl.update(state, spread(batch), algorithm, optimizer, **arguments)
+    state, metrics = eqrl.update(
+        state, spread(batch), algorithm, optimizer, implementation=implementation, micro_batch=8
+    )
     found = to_host(
         dict(
             greedy=greedy.tokens,
@@ -119,8 +122,8 @@ def _main(mode: str, address: str, process_id: int, file: str) -> None:
     )
     with together(processes):
         if mode == "step":
-            results = {f"{axes} {k}": v for axes in MESHES for k, v in one_step(axes).items()}
-            np.savez(file, first=is_first(), **results)
+            results: dict = {f"{axes} {k}": v for axes in MESHES for k, v in one_step(axes).items()}
+            np.savez(file, **results, first=is_first())
         else:
             _die(mode, process_id)
 

@@ -86,7 +86,8 @@ def token_logprobs(
     _check(targets, temperature, soft_cap, mask, buffer, shards)
     function = choose(implementation, jax.default_backend())
     if targets.size == 0:
-        return (jnp.zeros(targets.shape, wide(hidden.dtype)),) * 2
+        nothing = jnp.zeros(targets.shape, wide(hidden.dtype))
+        return nothing, nothing
     most = _most_tokens(mask, shards)
     if most is not None and buffer is None:
         buffer = shards * coarse_bucket(most)

@@ -5,7 +5,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 from .mesh import ROWS, row_shards
 
@@ -64,7 +64,7 @@ def to_global(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(one, tree)
 
 
-def to_host(tree: Tree) -> Tree:
+def to_host(tree: PyTree) -> PyTree:
     """Every array as NumPy: its rows in this process, or all of it where each device has it all.
 
     The inverse of `to_global`, and what reads metrics. Nothing is sent between processes.
