@@ -129,7 +129,7 @@ from ._optimizer import (
     muon as muon,
     warmup_cosine as warmup_cosine,
 )
-from ._pack import compact as compact
+from ._pack import compact as compact, pad_rows as pad_rows
 from ._parse import parse as parse
 
 # Prompts.
@@ -160,6 +160,7 @@ from ._update import (
     TrainState as TrainState,
     init as init,
     minibatches as minibatches,
+    pad_batch as pad_batch,
     update as update,
 )
 from .algorithms import Algorithm as Algorithm

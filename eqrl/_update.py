@@ -119,7 +119,7 @@ def update(
     rows = batch.weights.shape[0]
     shards = row_shards(batch.weights)
     parts, padded_rows = parts_of(rows, micro_batch, shards)
-    batch = _pad_batch(batch, padded_rows)
+    batch = pad_batch(batch, padded_rows)
     how = _How(implementation, parts, buffer_size(batch.rollout.mask, parts, shards), shards, remat)
     return _update((batch, temperature, algorithm), state, optimizer, how)
 
@@ -151,7 +151,8 @@ def minibatches(
         yield algorithm.weigh(jax.tree.map(lambda x, index=index: x[index], batch))
 
 
-def _pad_batch(batch: Batch, rows: int) -> Batch:
+def pad_batch(batch: Batch, rows: int) -> Batch:
+    """Adds empty rows up to `rows`, which train nothing and change no number; see `pad_rows`."""
     missing = rows - batch.weights.shape[0]
     arrays = (batch.advantages, batch.weights, batch.share, batch.targets, batch.prepared)
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, missing), (0, 0)]), arrays)

@@ -177,6 +177,8 @@ class Config:
     """auto (if the run folder has a checkpoint), never, or a run folder"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of parameters and matrix products"""
+    mesh: OpenText = None
+    """devices, as data=2,fsdp=4 or fsdp=-1 (default: the first device)"""
     policy_loss_impl: Literal["reference", "chunked", "pallas", "jax", "auto"] = "auto"
     """log-prob kernel; jax = chunked; pallas: TPU and GPU"""
     plugins: tuple[str, ...] = ()

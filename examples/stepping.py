@@ -14,11 +14,12 @@ import jax.random as jr
 import numpy as np
 import optax
 from config import Config, batch_plan, derived, schedule
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from task import Task
 
 import eqrl
-from eqrl import data, models, rewards, samplers, tracking
+from eqrl import data, models, rewards, samplers, sharding, tracking
 
 
 class Run(NamedTuple):
@@ -36,6 +37,7 @@ class Run(NamedTuple):
     sampler: samplers.Sampler
     weights: tuple[float, ...]
     implementation: eqrl.logprobs.LogProbs
+    mesh: Mesh | None
     timer: tracking.StepTimer
     console: tracking.Console
 
@@ -78,6 +80,21 @@ def collect(
     return rollout, metrics | _described(run, sampled, baselines)
 
 
+def shards(run: Run) -> int:
+    """How many parts the mesh cuts rows into."""
+    return 1 if run.mesh is None else sharding.row_shards(run.mesh)
+
+
+def _spread(run: Run, tree):
+    """Rows over the mesh; their number must divide."""
+    return tree if run.mesh is None else sharding.place_rows(tree, run.mesh)
+
+
+def _whole(run: Run, rows: int) -> int:
+    """Rows after padding them to the mesh."""
+    return -(-rows // shards(run)) * shards(run)
+
+
 def _in_passes(
     run: Run, policy: models.Transformer, prompts: eqrl.Prompts, key: PRNGKeyArray
 ) -> eqrl.Rollout:
@@ -85,12 +102,13 @@ def _in_passes(
 
     A completion depends on its prompt's id and not on its neighbours, so passes change memory only.
     """
-    count, size = len(prompts.ids), batch_plan(run.config).prompts_per_pass
+    count, size = len(prompts.ids), _whole(run, batch_plan(run.config).prompts_per_pass)
     parts = []
     for start in range(0, count, size):
         # A last pass that is short repeats the last prompt: all passes are one program.
         index = np.minimum(np.arange(start, start + size), count - 1)
-        part = run.sampler(policy, jax.tree.map(lambda x, i=index: x[i], prompts), key=key)
+        some = _spread(run, jax.tree.map(lambda x, i=index: x[i], prompts))
+        part = run.sampler(policy, some, key=key)
         first = start * part.group.shape[0] // size
         parts.append(dataclasses.replace(part, group=part.group + first))
     whole = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
@@ -194,18 +212,23 @@ def learn(
     options = {
         "temperature": config.rollout.temperature,
         "implementation": run.implementation,
-        "micro_batch": batch_plan(config).micro_batch_sequences if is_cut else None,
+        "micro_batch": (
+            batch_plan(config, row_shards=shards(run)).micro_batch_sequences if is_cut else None
+        ),
     }
+    rows = rollout.tokens.shape[0]
     with run.timer("logp"):
-        rollout = eqrl.annotate(
-            eqrl.compact(rollout),
+        padded = eqrl.annotate(
+            _spread(run, eqrl.pad_rows(eqrl.compact(rollout), _whole(run, rows))),
             frozenset(requires),
             policy=state.policy,
             reference=run.loaded.model,
             critic=state.critic,
             **options,
         )
-        jax.block_until_ready(rollout)
+        jax.block_until_ready(padded)
+        # What pads the mesh is gone before anything is counted or cut into minibatches.
+        rollout = jax.tree.map(lambda x: x[:rows], padded)
     with run.timer("advantages"):
         signal = eqrl.outcome(jnp.asarray(total), rollout.mask)
         batch, estimators = _assign(algorithm, signal, state.algorithm, rollout)
@@ -220,6 +243,7 @@ def learn(
         for epoch in range(epochs):
             key = jr.fold_in(jr.fold_in(jr.key(config.seed + 1), step), epoch)
             for part in eqrl.minibatches(batch, algorithm, count, key=key):
+                part = _spread(run, eqrl.pad_batch(part, _whole(run, part.weights.shape[0])))
                 state, numbers = eqrl.update(state, part, algorithm, run.optimizer, **options)
                 updated.append((int(np.asarray(part.rollout.mask).sum()), numbers))
         metrics |= _averaged(updated)

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from config import Config, build_algorithm, build_optimizer, derived, describe
-from stepping import Run, collect, learn
+from stepping import Run, collect, learn, shards
 from task import Task
 
 import eqrl
-from eqrl import data, models, rewards, samplers, tracking
+from eqrl import data, models, rewards, samplers, sharding, tracking
 from eqrl.checkpoint import Checkpoints, Resume, resolve_resume
 
 
@@ -55,7 +55,8 @@ def train(config: Config, build: Callable[[Any], Task]) -> int:
             run = _prepare(config, build(config), folder, resume)
             state, stream, counters = _begin(run, resume)
         status.step = 0 if resume is None else resume.step
-        _train(run, state, stream, counters, status, stop)
+        with contextlib.nullcontext() if run.mesh is None else jax.set_mesh(run.mesh):
+            _train(run, state, stream, counters, status, stop)
         status.signal = stop.requested
     return 0 if stop.requested is None else 128 + signal.Signals[stop.requested]
 
@@ -91,7 +92,10 @@ def _log_probs(name: str) -> eqrl.logprobs.LogProbs:
 
 
 def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | None) -> Run:
+    mesh = None if config.mesh is None else sharding.make_mesh(config.mesh)
     implementation = _log_probs(config.policy_loss_impl)
+    if mesh is not None and implementation is not eqrl.logprobs.reference:
+        implementation = eqrl.logprobs.over_mesh(mesh, implementation=implementation)
     data.assert_disjoint(
         (record.get("key", record["question"]) for record in task.train),
         (record.get("key", record["question"]) for record in task.held_out),
@@ -103,6 +107,9 @@ def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | 
     loaded = models.load(
         str(DEMO) if config.model == "demo" else config.model, dtype=jnp.dtype(config.dtype)
     )
+    if mesh is not None:
+        model = sharding.place(loaded.model, mesh, loaded.model.architecture)
+        loaded = dataclasses.replace(loaded, model=model)
     if not loaded.stop_ids:
         raise ValueError(f"--model {config.model} names no stop token; add one to its config.json")
     tokenizer = models.load_tokenizer(loaded)
@@ -130,6 +137,7 @@ def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | 
         ),
         weights=weights,
         implementation=implementation,
+        mesh=mesh,
         timer=tracking.StepTimer(),
         console=tracking.Console(
             config.steps or 0, first_step=0 if resume is None else resume.step
@@ -160,6 +168,8 @@ def _begin(run: Run, resume: Resume | None):
     if "values" in run.algorithm.requires:
         critic = models.ValueModel.init(run.loaded.model)
     state = eqrl.init(run.loaded.model, run.algorithm, run.optimizer, critic=critic)
+    if run.mesh is not None:
+        state = sharding.place(state, run.mesh, run.loaded.model.architecture)
     stream = data.PromptStream(len(run.prompts.records), run.config.seed)
     counters = {"prompts_seen": 0, "tokens_seen": 0}
     if resume is None:
@@ -247,7 +257,7 @@ def _train(
 
 def _trackers(run: Run, first: int) -> tracking.Combined:
     config = run.config
-    resolved = describe(config, len(run.prompts.records))
+    resolved = describe(config, len(run.prompts.records), row_shards=shards(run))
     run.folder.mkdir(parents=True, exist_ok=True)
     tracking.write_atomic(run.folder / "config.yaml", resolved.encode())
     ran_by = {

@@ -410,7 +410,7 @@ def test_11_expectations_over_a_categorical(seed, x64):
 @jax.jit
 def _head_gradients(hidden, head, targets, weights):
     def loss(implementation, hidden, head):
-        logprobs, entropy = implementation(hidden, head, targets, 0.8)
+        logprobs, entropy = implementation(hidden, head, targets, temperature=0.8)
         return jnp.sum(weights[0] * logprobs) + jnp.sum(weights[1] * entropy)
 
     def of(implementation, *inputs):

@@ -23,7 +23,7 @@ from training import train
 from word_problems import problems
 
 import eqrl
-from eqrl import rewards, samplers, tracking
+from eqrl import rewards, samplers, sharding, tracking
 from eqrl.models import load
 
 
@@ -61,18 +61,41 @@ def _task(*functions):
     )
 
 
-@pytest.mark.parametrize("passes", ["2", "3", "5"])
-def test_passes_change_no_completion(passes):
-    """Three passes of two prompts: the last is short."""
+@pytest.mark.parametrize(
+    ("passes", "mesh"), [("2", None), ("3", None), ("5", None), ("2", "fsdp=8")]
+)
+def test_passes_change_no_completion(passes, mesh):
+    """Three passes of two prompts: the last is short. On the mesh, each has eight."""
     policy = tiny_model()
     prompts = eqrl.pad_prompts([[3, 4], [5], [6, 7, 8], [9, 9], [10]], range(5), step=4)
     words = ["--rollout.prompts", "5", "--rollout.samples", "2", "--rollout.passes"]
     decoder = samplers.Decoder(2, 6, (0, 1), 1.0)
-    run = types.SimpleNamespace(config=parse([*words, passes]), sampler=decoder)
+    run = types.SimpleNamespace(
+        config=parse([*words, passes]),
+        sampler=decoder,
+        mesh=None if mesh is None else sharding.make_mesh(mesh),
+    )
     got = _in_passes(run, policy, prompts, jax.random.key(3))  # pyright: ignore[reportArgumentType]
     jax.tree.map(
         np.testing.assert_array_equal, got, decoder(policy, prompts, key=jax.random.key(3))
     )
+
+
+def test_a_mesh_changes_no_number(tmp_path):
+    """Minibatches of four rows on four row shards, and heads over two devices."""
+    words = [*TINY, "--algo.name", "ppo", "--steps", "2", "--algo.minibatches", "2"]
+    found = []
+    for name, mesh in (("one", []), ("eight", ["--mesh", "fsdp=4,tensor=2"])):
+        folder = tmp_path / name
+        train(parse([*words, *mesh, "--run-dir", str(folder)]), lambda _: _task())
+        found.append([r for r in _metrics(folder) if "loss/policy" in r])
+    assert len(found[0]) == len(found[1]) == 2
+    for one, eight in zip(*found, strict=True):
+        names = [n for n in one if not n.startswith(("time/", "perf/", "throughput/"))]
+        for metric in names:
+            np.testing.assert_allclose(
+                eight[metric], one[metric], rtol=2e-3, atol=1e-5, err_msg=metric
+            )
 
 
 def _metrics(folder):
