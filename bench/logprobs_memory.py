@@ -34,30 +34,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P  
 from eqrl._logprobs.chunked import chunked  # noqa: E402
 from eqrl._logprobs.pallas.mosaic_tpu import pallas_tpu  # noqa: E402
 from eqrl._logprobs.reference import reference  # noqa: E402
+from eqrl.sharding.plan import GPU_TARGETS  # noqa: E402
 
 
 WIDTH, VOCAB = 2048, 151_936
 TOKENS = 8192, 65_536
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TPUS = {"v5e": "v5e:2x2", "v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-# What XLA's compiler needs to know of an H100, from NVIDIA's data sheet.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448 threads_per_core_limit: 2048
-  core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3350000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 85000000000
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H100"
-"""
 
 
 def targets():
@@ -73,7 +56,7 @@ def targets():
         from eqrl._logprobs.pallas.triton import pallas_triton
 
         device = topologies.get_topology_desc(
-            "h100", "cuda", target_config=H100, topology="1x1x1"
+            "h100", "cuda", target_config=GPU_TARGETS["h100"], topology="1x1x1"
         ).devices[0]
         yield "H100", device, {**both, "pallas": pallas_triton}
 

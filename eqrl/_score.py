@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
@@ -14,7 +15,7 @@ from ._logprobs import Implementation, token_logprobs
 from ._pack import pad_rows
 from ._prompts import coarse_bucket
 from ._types import Rollout, ScalarLike, Scores
-from .models import Transformer, ValueModel, by_rows, previous
+from .models import ROWS, Transformer, ValueModel, by_rows, previous
 
 
 def score(
@@ -62,6 +63,11 @@ def score(
 
 def buffer_size(mask, parts: int, shards: int = 1) -> int:
     """What holds the masked tokens of the fullest micro-batch: a bucket for each shard of it."""
+    if isinstance(mask, Tracer):
+        raise ValueError(
+            "buffer= must be given inside jit, where tokens cannot be counted: how many masked "
+            "tokens the fullest micro-batch holds"
+        )
     return shards * coarse_bucket(int(_fullest(mask, parts, shards)))
 
 
@@ -73,7 +79,10 @@ def _fullest(mask, parts: int, shards: int):
 
 
 def row_shards(x: Array) -> int:
-    """Over how many devices the rows of an array are spread."""
+    """Over how many devices an array's rows are spread; in a trace, as the mesh in use says."""
+    if isinstance(x, Tracer):
+        sizes = jax.sharding.get_abstract_mesh().shape
+        return math.prod(sizes.get(name, 1) for name in ROWS)
     if not isinstance(x.sharding, NamedSharding) or not x.sharding.spec:
         return 1
     axes = x.sharding.spec[0]
@@ -121,6 +130,7 @@ def annotate(
     temperature: ScalarLike = 1.0,
     implementation: Implementation = None,
     micro_batch: int | None = None,
+    buffer: int | None = None,
 ) -> Rollout:
     """Fills the optional fields that `requires` names, and runs no forward pass beyond them.
 
@@ -135,6 +145,8 @@ def annotate(
         temperature: the sampling temperature.
         implementation: of `token_logprobs`.
         micro_batch: rows a forward pass; all at once by default.
+        buffer: how many masked tokens the fullest micro-batch holds, at least; counted by default,
+            which needs the mask's values: inside `jit` it must be given.
 
     Raises:
         ValueError: if the model behind a required field is missing.
@@ -157,7 +169,7 @@ def annotate(
         temperature,
         implementation,
         parts,
-        buffer_size(padded.mask, parts, shards),
+        buffer_size(padded.mask, parts, shards) if buffer is None else buffer,
         shards,
     )
     found = {name: x[:rows] for name, x in found.items()}

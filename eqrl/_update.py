@@ -95,6 +95,7 @@ def update(
     micro_batch: int | None = None,
     temperature: ScalarLike = 1.0,
     implementation: Implementation = None,
+    buffer: int | None = None,
     remat: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on one batch.
@@ -111,6 +112,8 @@ def update(
         micro_batch: rows a pass; all rows by default. Rows are padded if it does not divide them.
         temperature: the sampling temperature.
         implementation: of `token_logprobs`.
+        buffer: how many masked tokens the fullest micro-batch holds, at least; counted by default,
+            which needs the mask's values: inside `jit` it must be given.
         remat: recompute layers in the backward pass, for less memory.
 
     Returns:
@@ -120,7 +123,9 @@ def update(
     shards = row_shards(batch.weights)
     parts, padded_rows = parts_of(rows, micro_batch, shards)
     batch = pad_batch(batch, padded_rows)
-    how = _How(implementation, parts, buffer_size(batch.rollout.mask, parts, shards), shards, remat)
+    if buffer is None:
+        buffer = buffer_size(batch.rollout.mask, parts, shards)
+    how = _How(implementation, parts, buffer, shards, remat)
     return _update((batch, temperature, algorithm), state, optimizer, how)
 
 

@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None = None, cls: type[AnyConfig] = Config) -> A
 
 
 def _expand(argv: list[str], cls: type) -> Iterator[str]:
-    """`argv` with each `--config FILE` replaced by the file's flags, moved to the front."""
+    """`argv` with `--config FILE` replaced by the file's flags, in front, and `--dry-run`."""
     own, files = [], []
     words = iter(argv)
     for word in words:
@@ -69,6 +69,8 @@ def _expand(argv: list[str], cls: type) -> Iterator[str]:
             files.append(next(words, ""))
         elif word.startswith("--config="):
             files.append(word.removeprefix("--config="))
+        elif word == "--dry-run":
+            own += ["--plan", "here"]
         else:
             own.append(word)
     for file in files:
@@ -222,6 +224,8 @@ def _check_numbers(config: Config) -> None:
         "rollout.max_tokens": 1,
         "eval.prompts": 1,
         "eval.samples": 1,
+        "distributed.num_processes": 1,
+        "distributed.timeout": 1,
     }
     for name in _leaves(type(config)):
         value = _look_up(config, name)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax.random as jr
 import numpy as np
 from config import Config
+from layout import Meshes, key_to_sample, set_mesh, to_sample
+from spread import join, own_share, padded, spread, whole
 from task import Task
 
 import eqrl
@@ -45,17 +47,18 @@ class Evaluator:
         self,
         held_out: Encoded,
         task: Task,
-        loaded: models.Loaded,
+        stop_ids: tuple[int, ...],
         tokenizer: Any,
         config: Config,
         weights: Sequence[float],
+        meshes: Meshes,
     ):
         self._held_out, self._task, self._tokenizer = held_out, task, tokenizer
-        self._config, self._weights = config, weights
+        self._config, self._weights, self._meshes = config, weights, meshes
         self._decoder = samplers.Decoder(
             config.eval.samples,
             config.rollout.max_tokens or 1,
-            loaded.stop_ids,
+            stop_ids,
             config.eval.temperature,
         )
         self.samples: list[tracking.Sample] = []
@@ -77,15 +80,14 @@ class Evaluator:
         start = time.perf_counter()
         size = len(self._held_out.records)
         chosen = range(min(count or size, size))
-        texts, lengths, truncated = self._complete(policy, chosen)
+        tokens, mask, truncated = self._complete(policy, chosen)
         records = [self._held_out.records[i] for i in chosen for _ in range(self._decoder.samples)]
-        judge = functools.partial(
-            rewards.score, completions=texts, examples=records, timeout=self._config.reward.timeout
-        )
+        judge = functools.partial(self._judge, tokens=tokens, mask=mask, records=records)
         scored = judge(self._task.rewards)
         verdict = judge([self._task.strict, self._task.lenient]).components
         names = rewards.reward_names(self._task.rewards)
-        self._keep(chosen, texts, names, scored.components)
+        self._keep(chosen, tokens, mask, dict(zip(names, scored.components.T, strict=True)))
+        lengths = mask.sum(axis=1)
         total = rewards.weighted(scored.components, self._weights)
         found = {
             f"{prefix}/acc_strict": float(verdict[:, 0].mean()),
@@ -105,31 +107,42 @@ class Evaluator:
         return found | {f"time/{prefix}": time.perf_counter() - start}
 
     def _complete(self, policy: models.Transformer, chosen: Sequence[int]):
-        """Texts, lengths and truncation of all completions, a constant number of rows a pass."""
-        prompts = max(1, _ROWS // self._decoder.samples)
+        """Tokens, mask and truncation of all completions, a constant number of rows a pass."""
+        mesh = self._meshes.sample
+        policy = to_sample(policy, self._meshes)
+        prompts = padded(max(1, _ROWS // self._decoder.samples), mesh)
         width = max(map(len, self._held_out.tokens))
-        texts, lengths, truncated = [], [], []
+        parts = []
         for start in range(0, len(chosen), prompts):
             part = list(chosen[start : start + prompts])
             rows = part + part[-1:] * (prompts - len(part))  # one shape, one program
             batch = eqrl.pad_prompts([self._held_out.tokens[i] for i in rows], rows, width=width)
             # Not the training seed: evaluation draws from a stream of its own.
-            rollout = self._decoder(policy, batch, key=jr.key(self._config.seed + 2**16))
-            keep = len(part) * self._decoder.samples
-            mask = np.asarray(rollout.mask)[:keep]
-            tokens = np.asarray(rollout.tokens)[:keep]
-            texts += data.decode_completions(tokens, mask, self._tokenizer)
-            lengths.append(mask.sum(axis=1))
-            truncated.append(np.asarray(rollout.truncated)[:keep])
-        return texts, np.concatenate(lengths), np.concatenate(truncated)
+            key = key_to_sample(jr.key(self._config.seed + 2**16), self._meshes)
+            with set_mesh(mesh):
+                rollout = whole(self._decoder(policy, spread(batch, mesh), key=key), mesh)
+            found = (rollout.tokens, rollout.mask, rollout.truncated)
+            parts.append([np.asarray(x)[: len(part) * self._decoder.samples] for x in found])
+        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
-    def _keep(self, chosen, texts, names, components) -> None:
+    def _judge(self, functions: Sequence[rewards.Reward], *, tokens, mask, records):
+        """Every completion by every function; each process judges its own share."""
+        own = own_share(len(tokens))
+        texts = data.decode_completions(tokens[own], mask[own], self._tokenizer)
+        timeout = self._config.reward.timeout
+        scored = rewards.score(functions, texts, records[own], timeout=timeout)
+        return join(scored, len(tokens))
+
+    def _keep(self, chosen: Sequence[int], tokens, mask, components) -> None:
+        """The first completion of the first problems."""
+        first = slice(0, 16 * self._decoder.samples, self._decoder.samples)
+        texts = data.decode_completions(tokens[first], mask[first], self._tokenizer)
         self.samples = [
             tracking.Sample(
                 str(self._held_out.records[i]["question"]),
-                texts[row * self._decoder.samples],
+                text,
                 str(self._held_out.records[i]["answer"]),
-                dict(zip(names, map(float, components[row * self._decoder.samples]), strict=True)),
+                {name: float(x[first][row]) for name, x in components.items()},
             )
-            for row, i in enumerate(chosen[:16])
+            for row, (i, text) in enumerate(zip(chosen, texts, strict=False))
         ]

@@ -47,6 +47,11 @@ def load(config: Config) -> tuple[list[dict], list[dict]]:
 
 def build(config: Config) -> Task:
     """Right answers earn 1, a well-formed last line half of that; tags are there to be weighted."""
+    if config.model == config.data.path == "demo":
+        print(
+            "demo: a tiny model on generated word problems; for a real one, "
+            "--model Qwen/Qwen2.5-0.5B-Instruct --data.path openai/gsm8k"
+        )
     train_records, held_out = load(config)
     return Task(
         name="word problems" if config.data.path == "demo" else "GSM8K",
@@ -65,11 +70,6 @@ def main() -> int:
     if config.print_config:
         print(describe(config), end="")
         return 0
-    if config.model == config.data.path == "demo":
-        print(
-            "demo: a tiny model on generated word problems; for a real one, "
-            "--model Qwen/Qwen2.5-0.5B-Instruct --data.path openai/gsm8k"
-        )
     return train(config, build)
 
 

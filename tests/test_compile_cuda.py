@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 from eqrl._logprobs import over_mesh
 from eqrl._logprobs.pallas import triton
 from eqrl._logprobs.pallas.triton import pallas_triton
+from eqrl.sharding.plan import GPU_TARGETS
 
 
 pytest.importorskip("jax_cuda13_plugin", reason="the CUDA plugin of jax is not installed")
@@ -23,43 +24,11 @@ pytestmark = pytest.mark.usefixtures("no_compilation_cache")
 
 VOCAB = 151_936
 
-# What XLA's compiler needs to know of a chip, from NVIDIA's data sheets.
-_CHIP = """
-gpu_device_info {{
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: {bandwidth}
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: {memory}
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  cuda_compute_capability {{ major: 9 minor: 0 }}
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }}
-runtime_version {{ major: 13 }}
-device_description_str: "NVIDIA {name}"
-"""
-CHIPS = {
-    "H100": _CHIP.format(name="H100", bandwidth=3_350_000_000_000, memory=85_000_000_000),
-    "H200": _CHIP.format(name="H200", bandwidth=4_800_000_000_000, memory=150_000_000_000),
-}
-
 
 def _devices(chip, shape):
     """So many of these chips as a mesh of `data`, `fsdp` and `tensor`."""
     topology = topologies.get_topology_desc(
-        chip, "cuda", target_config=CHIPS[chip], topology=f"1x1x{np.prod(shape)}"
+        chip, "cuda", target_config=GPU_TARGETS[chip.lower()], topology=f"1x1x{np.prod(shape)}"
     )
     return Mesh(np.array(topology.devices).reshape(shape), ("data", "fsdp", "tensor"))
 

@@ -1,5 +1,7 @@
 """The sampler contract, on the in-process decoder."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from eqrl._pack import compact
 from eqrl._prompts import pad_prompts
 from eqrl._score import score
 from eqrl.samplers import Decoder, draw
+from eqrl.samplers._layers import IN_TURN, SCANNED
+from eqrl.samplers.decoder import _run
 
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13], [14, 15]]
@@ -108,3 +112,44 @@ def test_draw_follows_the_distribution_and_never_takes_the_impossible():
 def test_bad_settings_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Decoder(**{"samples": 1, "max_tokens": 1, "stop_ids": (1,), **bad})
+
+
+# --- the layers, in turn or scanned ---------------------------------------------------------------
+
+
+def _program(decoder, fold):
+    return jax.jit(lambda policy, prompts, key: _run(policy, prompts, key, decoder, fold))
+
+
+@pytest.mark.parametrize(("tied", "temperature"), [(True, 1.0), (False, 0)])
+def test_both_ways_through_the_layers_give_the_same_rollout(tied, temperature):
+    model, decoder = tiny_model(tied=tied), Decoder(3, 12, (1, 2, 3), temperature)
+    a, b = (
+        _program(decoder, fold)(model, _prompts(), jax.random.key(6)) for fold in (IN_TURN, SCANNED)
+    )
+    assert np.asarray(a.mask).sum() > 40
+    for name in ("tokens", "mask", "positions", "group", "truncated"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    close(a.logprobs, b.logprobs)
+
+
+def test_tpus_get_one_body_for_all_layers_and_others_a_copy_each():
+    """By the products and loops of the program that each platform is given."""
+    model, decoder = tiny_model(), Decoder(2, 4, (1,))
+    layers, args = model.architecture.num_layers, (model, _prompts(), jax.random.key(0))
+
+    def counts(platform, program):
+        lowered = program.trace(*args).lower(lowering_platforms=(platform,))
+        text = lowered.as_text()
+        return text.count("stablehlo.dot_general"), text.count("stablehlo.while")
+
+    count = functools.partial(
+        counts, program=jax.jit(lambda policy, prompts, key: decoder(policy, prompts, key=key))
+    )
+    (products, loops), (tpu_products, tpu_loops) = count("cuda"), count("tpu")
+    # All are a layer's, but for the unembedding.
+    assert products - 1 == layers * (tpu_products - 1)
+    assert (loops, tpu_loops) == (1, 3), "decoding; and the layers of a prefill and of a step"
+    assert count("cpu")[0] == products
+    # The choice is made when a program is lowered: none has both.
+    assert tpu_products == counts("tpu", _program(decoder, SCANNED))[0]

@@ -5,6 +5,7 @@ The golden checkpoints and arrays come from `golden/make_models.py`; torch is no
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import equinox as eqx
@@ -18,8 +19,11 @@ from eqrl.models import (
     RopeScaling,
     Transformer,
     ValueModel,
+    _known,
+    abstract,
     attention,
     causal,
+    known,
     load,
     previous,
 )
@@ -350,3 +354,69 @@ def test_what_no_config_can_say_is_refused():
     facts = Architecture.from_config(PLAIN)
     with pytest.raises(ValueError, match="mlp_bias"):
         dataclasses.replace(facts, mlp_bias=True).to_config()
+
+
+# --- published architectures ----------------------------------------------------------------------
+
+# Billions of parameters, with and without those of embedding and head, from the model cards.
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B": (0.49, 0.36),
+    "Qwen/Qwen2.5-1.5B": (1.54, 1.31),
+    "Qwen/Qwen2.5-3B": (3.09, 2.77),
+    "Qwen/Qwen2.5-7B": (7.61, 6.53),
+    "Qwen/Qwen2.5-14B": (14.7, 13.1),
+    "Qwen/Qwen2.5-32B": (32.5, 31.0),
+    "Qwen/Qwen2.5-72B": (72.7, 70.0),
+    "Qwen/Qwen3-0.6B": (0.6, 0.44),
+    "Qwen/Qwen3-1.7B": (1.7, 1.4),
+    "Qwen/Qwen3-4B": (4.0, 3.6),
+    "Qwen/Qwen3-8B": (8.2, 6.95),
+    "Qwen/Qwen3-14B": (14.8, 13.2),
+    "Qwen/Qwen3-32B": (32.8, 31.2),
+    "HuggingFaceTB/SmolLM2-135M": (0.1345, None),
+    "HuggingFaceTB/SmolLM2-360M": (0.3618, None),
+    "HuggingFaceTB/SmolLM2-1.7B": (1.71, None),
+    "meta-llama/Llama-3.3-70B-Instruct": (70.6, None),
+}
+
+
+def _counts(facts):
+    model = abstract(facts)
+    total = sum(leaf.size for leaf in jax.tree.leaves(model))
+    return total, total - model.embedding.size - (0 if model.head is None else model.head.size)
+
+
+@pytest.mark.parametrize("repo", PUBLISHED)
+def test_known_architectures_have_the_published_numbers_of_parameters(repo):
+    for count, billions in zip(_counts(known(repo)), PUBLISHED[repo], strict=True):
+        if billions is not None:
+            digits = len(str(billions).partition(".")[2])
+            # Cards cut or round, and that of the 14B says 13.1 for 13.21.
+            slack = max(10**-digits, 0.01 * billions)
+            assert abs(count / 1e9 - billions) < slack, (count, billions)
+
+
+@pytest.mark.parametrize("repo", _known._KNOWN)
+def test_known_variants_have_the_shapes_of_their_base(repo):
+    facts = known(repo)
+    base = re.sub(r"-(Instruct|Base|Math)\b", "", repo)
+    if base in _known._KNOWN:
+        assert _counts(facts) == _counts(known(base))
+    assert facts.tied == (_counts(facts)[0] < 5e9)
+    assert Architecture.from_config(facts.to_config()) == facts
+
+
+def test_names_that_are_not_known_get_the_nearest():
+    with pytest.raises(ValueError, match="nearest names are Qwen/Qwen2.5-7B-Instruct, "):
+        known("Qwen/Qwen25-7B-Instruct")
+    with pytest.raises(ValueError, match="not in eqrl's table of architectures; they are like"):
+        known("xyz")
+
+
+def test_abstract_models_have_shapes_and_types_and_no_arrays():
+    model = abstract(RICH, jnp.bfloat16)
+    real = Transformer.init(RICH, key=jax.random.key(0), dtype=jnp.bfloat16)
+    assert jax.tree.structure(model) == jax.tree.structure(real)
+    for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(real), strict=True):
+        assert isinstance(a, jax.ShapeDtypeStruct)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)

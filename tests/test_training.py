@@ -17,6 +17,7 @@ import pytest
 import yaml
 from config import parse
 from helpers import tiny_model
+from layout import Meshes
 from stepping import _in_passes
 from task import Task
 from training import train
@@ -73,7 +74,7 @@ def test_passes_change_no_completion(passes, mesh):
     run = types.SimpleNamespace(
         config=parse([*words, passes]),
         sampler=decoder,
-        mesh=None if mesh is None else sharding.make_mesh(mesh),
+        meshes=Meshes(*[None if mesh is None else sharding.make_mesh(mesh)] * 2),
     )
     got = _in_passes(run, policy, prompts, jax.random.key(3))  # pyright: ignore[reportArgumentType]
     jax.tree.map(

@@ -1,5 +1,6 @@
 """One optimizer step: exact for any split, guarded, and never run for nothing."""
 
+import contextlib
 import dataclasses
 
 import equinox as eqx
@@ -12,7 +13,7 @@ import pytest
 from helpers import close, sampled_rollout, tiny_model
 
 import eqrl
-from eqrl import algorithms, models
+from eqrl import algorithms, models, sharding
 
 
 ALGORITHMS = {
@@ -149,3 +150,76 @@ def test_log_probs_rise_where_the_advantage_is_positive():
     state, _ = eqrl.update(state, batch, algorithm, optimizer)
     after = np.asarray(eqrl.score(state.policy, batch.rollout).logprobs)[row].sum()
     assert after > before
+
+
+# --- inside jit -----------------------------------------------------------------------------------
+
+
+def _on_mesh(axes, state, batch):
+    """Both on the mesh, and the context that says so."""
+    if axes is None:
+        return state, batch, contextlib.nullcontext()
+    mesh = sharding.make_mesh(axes)
+    state = sharding.place(state, mesh, state.policy.architecture)
+    batch = sharding.place_rows(eqrl.pad_batch(batch, 8), mesh)
+    return state, batch, jax.set_mesh(mesh)
+
+
+def _same(a, b):
+    found = [jax.tree.leaves(eqx.filter(tree, eqx.is_array)) for tree in (a, b)]
+    for x, y in zip(*found, strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [None, "data=2,fsdp=2,tensor=2"])
+def test_the_update_inside_jit_is_that_outside(axes):
+    """`buffer=` takes the place of counting; it holds all of 4 rows but their prompts."""
+    algorithm, optimizer = algorithms.grpo(), optax.sgd(1e-2, momentum=0.9)
+    state, batch, context = _on_mesh(axes, *_setup(algorithm, optimizer))
+    sizes = []
+
+    def recorded(hidden, unembedding, targets, **options):
+        sizes.append(hidden.shape[0])
+        return eqrl.token_logprobs(hidden, unembedding, targets, **options)
+
+    def step(state, batch, buffer):
+        return eqrl.update(
+            state, batch, algorithm, optimizer, micro_batch=4, buffer=buffer,
+            implementation=recorded,
+        )  # fmt: skip
+
+    with context:
+        inside = jax.jit(step, static_argnums=2)
+        got, got_metrics = inside(state, batch, 28)
+        assert set(sizes) == {28}, "the buffer is not the one given"
+        with pytest.raises(ValueError, match="buffer= must be given inside jit, where tokens"):
+            inside(state, batch, None)
+        # Last: it donates the state.
+        want, metrics = step(state, batch, None)
+    assert max(sizes) == 4 * 9, "outside, tokens were not counted"
+    assert int(got.updates) == 1 and float(metrics["optim/update_norm"]) > 1e-4
+    _same(got, want)
+    _same(got_metrics, metrics)
+
+
+@pytest.mark.parametrize("axes", [None, "data=2,fsdp=2,tensor=2"])
+def test_annotations_inside_jit_are_those_outside(axes):
+    algorithm = algorithms.ppo()
+    state, batch, context = _on_mesh(axes, *_setup(algorithm, optax.sgd(1.0)))
+    empty = {"old_logprobs": None, "ref_logprobs": None, "values": None}
+    rollout = dataclasses.replace(batch.rollout, **empty)
+
+    def fill(state, rollout, buffer):
+        return eqrl.annotate(
+            rollout, frozenset({*empty, "sum_pi_squared"}), policy=state.policy,
+            reference=state.policy, critic=state.critic, micro_batch=4, buffer=buffer,
+        )  # fmt: skip
+
+    with context:
+        inside = jax.jit(fill, static_argnums=2)
+        got, want = inside(state, rollout, 28), fill(state, rollout, None)
+        with pytest.raises(ValueError, match="buffer= must be given inside jit, where tokens"):
+            inside(state, rollout, None)
+    for name in (*empty, "sum_pi_squared"):
+        assert np.abs(np.asarray(got.need(name))).max() > 0.01, name
+    _same(got, want)

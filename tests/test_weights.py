@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from eqrl.models import Architecture, Transformer, _save, load, load_tokenizer, save, smollm2
+from eqrl.models import (
+    Architecture,
+    Transformer,
+    _resolve,
+    _save,
+    architecture_of,
+    known,
+    load,
+    load_tokenizer,
+    save,
+    smollm2,
+)
 
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
@@ -148,6 +159,23 @@ def test_missing_files_are_named(tmp_path):
         load(folder)
 
 
+def test_architectures_are_read_without_weights_and_without_the_hub(tmp_path, monkeypatch):
+    def refuse(name):
+        raise AssertionError(f"asked the hub for {name}")
+
+    monkeypatch.setattr(_resolve, "_download", refuse)
+    for name in CASES:
+        (tmp_path / name).mkdir()
+        shutil.copy(GOLDEN / name / "config.json", tmp_path / name)
+        assert architecture_of(tmp_path / name) == load(GOLDEN / name).architecture
+    repo = "Qwen/Qwen2.5-3B-Instruct"
+    assert architecture_of(repo) == known(repo)
+    with pytest.raises(ValueError, match="'nobody/nothing' is no local path and not in eqrl's"):
+        architecture_of("nobody/nothing")
+    with pytest.raises(ValueError, match="no config.json"):
+        architecture_of(tmp_path)
+
+
 def test_hub_ids_without_a_connection_give_one_sentence(tmp_path):
     pytest.importorskip("huggingface_hub")
     # The hub client reads the environment when it is imported, hence the other process.
@@ -237,6 +265,7 @@ def test_gguf_gives_the_same_model(case, tmp_path):
     assert loaded.architecture == facts
     assert loaded.stop_ids == (2, 5)
     assert loaded.folder == tmp_path / "model.gguf"
+    assert architecture_of(tmp_path / "model.gguf") == facts
     assert eqx.tree_equal(loaded.model, load(GOLDEN / case).model)
 
 
@@ -267,6 +296,10 @@ def smol():
 def smol_tokenizer(smol):
     pytest.importorskip("transformers")
     return load_tokenizer(smol)
+
+
+def test_smollm2_is_the_known_one(smol):
+    assert smol.architecture == known("HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def test_smollm2_knows_paris(smol, smol_tokenizer):

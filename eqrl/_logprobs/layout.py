@@ -97,7 +97,7 @@ class Layout:
         """Gradients summed over the devices that share the argument; inside `run`."""
         if self.vocab is not None:
             of_hidden = lax.psum(of_hidden, self.vocab)
-        whole = tuple(name for name in self.rows if name != self.width)
+        whole = tuple(n for n in self.rows if n != self.width and self.mesh.shape[n] > 1)
         # Parts of a sum keep the digits that the sum needs.
         dtype = of_unembedding.dtype
         of_unembedding = of_unembedding.astype(wide(dtype))
@@ -107,7 +107,9 @@ class Layout:
             )
         if whole:
             of_unembedding = lax.psum(of_unembedding, whole)
-        return of_hidden, of_unembedding.astype(dtype)
+        # XLA for TPUs (libtpu 0.0.42, 0.0.50) wants to scatter a sum over micro-batches after their
+        # loop, and fails to compile where a part of the sum is converted twice on its way.
+        return of_hidden, lax.optimization_barrier(of_unembedding.astype(dtype))
 
 
 def _pad(x, rows: int):

@@ -6,11 +6,18 @@ from ._attention import (
     attention_head_major as attention_head_major,
     causal as causal,
 )
-from ._constrain import by_rows as by_rows
+from ._constrain import by_rows as by_rows, constrain as constrain
+from ._known import known as known
 from ._layer import Layer as Layer
 from ._linear import Linear as Linear
-from ._load import Loaded as Loaded, load as load
-from ._partition import PARTITION as PARTITION, units as units
+from ._load import Loaded as Loaded, architecture_of as architecture_of, load as load
+from ._names import abstract as abstract
+from ._partition import (
+    ACTIVATIONS as ACTIVATIONS,
+    PARTITION as PARTITION,
+    ROWS as ROWS,
+    units as units,
+)
 from ._previous import previous as previous
 from ._resolve import smollm2 as smollm2
 from ._rope import RopeScaling as RopeScaling, Rotary as Rotary

@@ -60,20 +60,27 @@ class GGUFSource:
             for name, tensor in self._tensors.items()
         }
 
-    def read(self, name: str) -> np.ndarray:
-        """The dequantized tensor, `[out in]`."""
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Part of the dequantized tensor, `[out in]`; only blocks that it touches are read."""
         import gguf
 
         tensor = self._tensors[name]
-        array = gguf.dequantize(tensor.data, tensor.tensor_type)
+        rows, *columns = index
         if self.architecture.family == "llama" and re.search(r"\.[qk]_proj\.", name):
-            array = _uninterleave(array, self.architecture.head_dim)
-        return array
+            rows = _stored_rows(int(tensor.shape[-1]), self.architecture.head_dim)[rows]
+        if not columns:  # quantized in blocks along this very axis
+            return gguf.dequantize(tensor.data, tensor.tensor_type)[rows]
+        block = gguf.GGML_QUANT_SIZES[tensor.tensor_type][0]
+        stored = tensor.data.shape[-1] * block // int(tensor.shape[0])  # elements of a block
+        first, last = columns[0].start // block, -(-columns[0].stop // block)
+        data = np.ascontiguousarray(tensor.data[rows, first * stored : last * stored])
+        skipped = slice(columns[0].start - first * block, columns[0].stop - first * block)
+        return gguf.dequantize(data, tensor.tensor_type)[:, skipped]
 
 
-def _uninterleave(array, head_dim):
-    pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)
+def _stored_rows(count, head_dim):
+    """Where in the file each row of a query or key projection is."""
+    return np.arange(count).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).ravel()
 
 
 def _hf_name(name):

@@ -1,18 +1,21 @@
 """Checkpoints in: Hugging Face folders and GGUF files."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from ._architecture import Architecture
 from ._gguf import GGUFSource
-from ._names import Entry, entries, skeleton
-from ._resolve import resolve
+from ._known import known
+from ._names import abstract, entries
+from ._read import Source, read_array, row_blocks
+from ._resolve import local, resolve
 from ._safetensors import SafetensorsSource, read_json, stop_ids
 from ._transformer import Transformer
 
@@ -34,18 +37,25 @@ class Loaded:
     folder: Path
 
 
-_Source: TypeAlias = SafetensorsSource | GGUFSource
-
-
-def load(path_or_repo: str | Path, *, dtype: DTypeLike = jnp.float32) -> Loaded:
+def load(
+    path_or_repo: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    place: Callable[[Transformer], PyTree] | None = None,
+) -> Loaded:
     """Reads a Qwen2/2.5, Qwen3 or Llama/SmolLM2 checkpoint.
 
-    Tensors are read one by one, so the peak is the model plus its largest stacked array.
+    Arrays are read one by one, so the peak is the model plus its largest stacked array. With
+    `place`, every part of an array goes to its devices before the next one is read, and a process
+    reads only the parts that its own devices hold: the peak is what they hold plus one part.
 
     Args:
         path_or_repo: a folder with `config.json` and safetensors (one file or shards); a `.gguf`
             file or a folder with one; `"smollm2"`; or a hub id.
         dtype: of the weights, and so of the computation, whatever the file has.
+        place: given the model with a `jax.ShapeDtypeStruct` for each array, returns the same tree
+            with a `jax.sharding.Sharding` for each, such as `eqrl.sharding.placement(mesh)`. By
+            default all arrays lie on the default device.
 
     Returns:
         The model and what belongs to it.
@@ -59,35 +69,49 @@ def load(path_or_repo: str | Path, *, dtype: DTypeLike = jnp.float32) -> Loaded:
         source = GGUFSource(path)
         architecture, stops = source.architecture, source.metadata.stop_ids()
     else:
-        config = read_json(path / "config.json")
-        if not config:
-            raise ValueError(f"{path} has no config.json; name a folder that transformers opens")
-        architecture, stops = Architecture.from_config(config), stop_ids(path)
+        architecture, stops = _read_config(path), stop_ids(path)
         source = SafetensorsSource(path)
-    return Loaded(_build(source, architecture, dtype), architecture, stops, path)
+    return Loaded(_build(source, architecture, dtype, place), architecture, stops, path)
 
 
-def _build(source: _Source, architecture: Architecture, dtype) -> Transformer:
+def architecture_of(path_or_repo: str | Path) -> Architecture:
+    """The architecture of a checkpoint without its weights, and without the hub.
+
+    Args:
+        path_or_repo: as for `load`; a folder needs nothing but `config.json`, and a hub id must be
+            one that `known` knows.
+
+    Raises:
+        ValueError: one sentence: what is not found, or not supported.
+    """
+    path = local(path_or_repo)
+    if path is None:
+        return known(str(path_or_repo))
+    return GGUFSource(path).architecture if path.suffix == ".gguf" else _read_config(path)
+
+
+def _read_config(folder: Path) -> Architecture:
+    config = read_json(folder / "config.json")
+    if not config:
+        raise ValueError(f"{folder} has no config.json; name a folder that transformers opens")
+    return Architecture.from_config(config)
+
+
+def _build(source: Source, architecture: Architecture, dtype: DTypeLike, place) -> Transformer:
     wanted = list(entries(architecture))
     _check(source, wanted, architecture)
-    leaves = [_read(source, entry, dtype) for entry in wanted]
-    return jax.tree.unflatten(jax.tree.structure(skeleton(architecture)), leaves)
-
-
-def _read(source, entry: Entry, dtype):
-    """One array of the model; of a stacked one, layer after layer goes into its place."""
-
-    def tensor(name):
-        array = source.read(name)
-        return array.T if entry.transposed else array
-
-    if not entry.stacked:
-        return jnp.asarray(tensor(entry.names[0]).astype(dtype))
-    shape = entry.shape[::-1] if entry.transposed else entry.shape
-    stacked = np.empty((len(entry.names), *shape), dtype)
-    for i, name in enumerate(entry.names):
-        stacked[i] = tensor(name)
-    return jnp.asarray(stacked)
+    model = abstract(architecture, dtype)
+    likes, tree = jax.tree.flatten(model)
+    where = [None] * len(likes)
+    if place is not None:
+        where, placed = jax.tree.flatten(place(model))
+        if placed != tree:
+            raise ValueError(
+                "place must return a tree like the model it is given, with a sharding for each "
+                "array; use eqrl.sharding.placement(mesh)"
+            )
+    arrays = [read_array(source, *how) for how in zip(wanted, likes, where, strict=True)]
+    return jax.tree.unflatten(tree, arrays)
 
 
 def _check(source, wanted, architecture):
@@ -113,4 +137,8 @@ def _redundant(source, name, architecture):
         return True
     if name != "lm_head.weight" or not architecture.tied:
         return False
-    return np.array_equal(source.read(name), source.read("model.embed_tokens.weight"))
+    other, (rows, width) = "model.embed_tokens.weight", source.shapes()[name]
+    return source.shapes()[other] == (rows, width) and all(
+        np.array_equal(source.read(name, index), source.read(other, index))
+        for index in ((block, slice(0, width)) for block in row_blocks(((0, rows), (0, width))))
+    )

@@ -1,10 +1,13 @@
 """What each array of a `Transformer` is called in a Hugging Face checkpoint."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ._architecture import Architecture
 from ._transformer import Transformer
@@ -49,15 +52,20 @@ class Entry:
     stacked: bool
 
 
-def skeleton(architecture: Architecture) -> Transformer:
-    """The model's tree with a `jax.ShapeDtypeStruct` for each array."""
-    make = eqx.filter_eval_shape
-    return make(lambda key: Transformer.init(architecture, key=key), jax.random.key(0))
+def abstract(architecture: Architecture, dtype: DTypeLike = jnp.float32) -> Transformer:
+    """The model's tree with a `jax.ShapeDtypeStruct` for each array: for plans, nothing is made.
+
+    Args:
+        architecture: its shapes.
+        dtype: of the weights.
+    """
+    make = functools.partial(Transformer.init, architecture, dtype=dtype)
+    return eqx.filter_eval_shape(lambda key: make(key=key), jax.random.key(0))
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:
     """All arrays in the order of the model's leaves."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(skeleton(architecture))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract(architecture))
     for keys, leaf in leaves:
         path = tuple(key.name for key in keys)
         if path[0] != "layers":

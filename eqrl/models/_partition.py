@@ -1,4 +1,4 @@
-"""How the family's arrays are cut over a mesh: one table."""
+"""How the family's arrays are cut over a mesh: a table of parameters, one of activations."""
 
 from ._architecture import Architecture
 
@@ -29,6 +29,18 @@ PARTITION: dict[str, tuple[str | None, ...]] = {
     "layers.up.bias": (None, "tensor"),
     "layers.output.bias": (None, None),
     "layers.down.bias": (None, None),
+}
+
+# What the rows of a batch are spread over, both at once.
+ROWS = ("data", "fsdp")
+
+# The same for what is computed.
+ACTIVATIONS: dict[str, tuple[tuple[str, ...] | None, ...]] = {
+    "residual": (ROWS, None, None),  # batch, time, d
+    "cache": (ROWS, ("tensor",), None, None),  # batch, kv, time, head_dim
+    # A lookup in a table that is cut along its width gives vectors cut that way, which no device
+    # wants: gathering the table's width first is the smaller traffic.
+    "looked_up": (("tensor",), None),  # vocab, d
 }
 
 # Arrays whose `tensor` axis may be cut between heads only, and how many heads that is.

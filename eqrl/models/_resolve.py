@@ -36,17 +36,23 @@ def resolve(path_or_repo: str | Path) -> Path:
     Raises:
         ValueError: one sentence that says what could not be found, and why.
     """
-    path = Path(path_or_repo).expanduser()
-    if path.exists():
-        return _file_or_folder(path)
+    path = local(path_or_repo)
+    if path is not None:
+        return path
     name = str(path_or_repo)
-    if name == "smollm2":
-        return smollm2()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(
             f"{name!r} is no folder, no .gguf file and no hub id such as Qwen/Qwen2.5-0.5B"
         )
     return _download(name)
+
+
+def local(path_or_repo: str | Path) -> Path | None:
+    """What `resolve` finds without the hub or its cache, or `None`."""
+    path = Path(path_or_repo).expanduser()
+    if path.exists():
+        return _file_or_folder(path)
+    return smollm2() if str(path_or_repo) == "smollm2" else None
 
 
 def _file_or_folder(path):

@@ -1,4 +1,4 @@
-"""Tensors of a folder in Hugging Face's layout, one at a time."""
+"""Tensors of a folder in Hugging Face's layout, part by part."""
 
 import json
 from pathlib import Path
@@ -22,9 +22,9 @@ class SafetensorsSource:
         """Shape of every tensor, without reading any."""
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in the type it is stored in."""
-        return self._files[name].get_tensor(name)
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Part of a tensor in the type it is stored in; nothing else of it is read."""
+        return self._files[name].get_slice(name)[index]
 
 
 def _files(folder):

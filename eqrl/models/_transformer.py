@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ._architecture import Architecture
 from ._attention import attention, causal
-from ._constrain import by_rows, in_whole_width
+from ._constrain import constrain
 from ._layer import Layer
 from ._linear import Linear
 from ._norm import rms_norm
@@ -60,7 +60,7 @@ class Transformer(eqx.Module):
 
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time d"]:
         """The tokens' rows of the embedding, in the type of the weights."""
-        return by_rows(in_whole_width(self.embedding)[tokens])
+        return constrain(constrain(self.embedding, "looked_up")[tokens], "residual")
 
     def rotary(self, positions: Int[Array, "batch time"]) -> Rotary:
         """Rotary angles for `Layer.qkv`; the same for all layers."""
@@ -101,12 +101,13 @@ class Transformer(eqx.Module):
         visible = causal(positions, positions)
 
         def step(x, layer: Layer):
-            q, k, v = layer.qkv(by_rows(x), rotary)
-            return by_rows(layer.finish(x, attention(q, k, v, visible))), None
+            x = constrain(x, "residual")
+            q, k, v = layer.qkv(x, rotary)
+            return constrain(layer.finish(x, attention(q, k, v, visible)), "residual"), None
 
         body = jax.checkpoint(step) if remat else step
         x, _ = jax.lax.scan(body, self.embed(tokens), self.layers)
-        return by_rows(self.final(x))
+        return constrain(self.final(x), "residual")
 
 
 def _normal(key, shape, dtype):

@@ -1,19 +1,25 @@
 """The in-process sampler: one prefill a prompt, one compiled decode loop."""
 
-from typing import NamedTuple
+import functools
+from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from .._prompts import Prompts
 from .._types import Rollout, wide
-from ..models import Layer, Transformer, attention, causal
+from ..models import Transformer, attention, causal, constrain
 from ..models._contract import contract
+from ._layers import IN_TURN, SCANNED, Fold
 from .draw import draw
+
+
+# Keys and values `[batch kv time head_dim]` of each layer, kept as the `Fold` in use wants them.
+Cache: TypeAlias = PyTree[Float[Array, "..."]]
 
 
 class Decoder(eqx.Module):
@@ -59,14 +65,27 @@ class _Carry(NamedTuple):
     tokens: Int[Array, "batch slot"]
     logprobs: Float[Array, "batch slot"]
     mask: Bool[Array, "batch slot"]
-    keys: tuple[Float[Array, "batch kv slot head_dim"], ...]
-    values: tuple[Float[Array, "batch kv slot head_dim"], ...]
+    cache: Cache
 
 
 @eqx.filter_jit
 def _sample(policy: Transformer, prompts: Prompts, key: PRNGKeyArray, decoder: Decoder) -> Rollout:
-    layers = policy.unstacked()
-    hidden, prompt_keys, prompt_values = _prefill(policy, layers, prompts)
+    arrays, static = eqx.partition((policy, prompts, key), eqx.is_array)
+
+    def run(fold: Fold, arrays):
+        policy, prompts, key = eqx.combine(arrays, static)
+        return _run(policy, prompts, key, decoder, fold)
+
+    return lax.platform_dependent(
+        arrays, tpu=functools.partial(run, SCANNED), default=functools.partial(run, IN_TURN)
+    )
+
+
+def _run(
+    policy: Transformer, prompts: Prompts, key: PRNGKeyArray, decoder: Decoder, fold: Fold
+) -> Rollout:
+    layers = fold.layers(policy)
+    hidden, prompt_cache = _prefill(policy, layers, prompts, fold)
     lengths = jnp.sum(prompts.positions >= 0, axis=1)
     row_keys = _row_keys(key, prompts.ids, decoder.samples)
     lengths, hidden = (jnp.repeat(x, decoder.samples, axis=0) for x in (lengths, hidden))
@@ -78,40 +97,40 @@ def _sample(policy: Transformer, prompts: Prompts, key: PRNGKeyArray, decoder: D
     def step(carry: _Carry) -> _Carry:
         carry, token = _choose(policy, decoder, row_keys, carry)
         rotary = policy.rotary((lengths + carry.step)[:, None])
-        x, keys, values = policy.embed(token[:, None]), [], []
-        visible = jnp.arange(decoder.max_tokens) <= carry.step
-        for i, layer in enumerate(layers):
+        earlier = jnp.arange(decoder.max_tokens) < carry.step
+
+        def through(x, of_layer):
+            layer, prompt, completion = of_layer
             q, k, v = layer.qkv(x, rotary)
-            keys.append(_write(carry.keys[i], k, carry.step))
-            values.append(_write(carry.values[i], v, carry.step))
-            attended = _attend(
-                q, (prompt_keys[i], prompt_values[i]), (keys[i], values[i]), prompt_visible, visible
-            )
-            x = layer.finish(x, attended)
+            new = _head_major(k), _head_major(v)
+            attended = _attend(q, prompt, completion, new, prompt_visible, earlier)
+            return layer.finish(x, attended), new
+
+        x, new = fold.run(through, policy.embed(token[:, None]), layers, prompt_cache, carry.cache)
         return carry._replace(
             step=carry.step + 1,
             hidden=policy.final(x)[:, 0],
-            keys=tuple(keys),
-            values=tuple(values),
+            cache=_write(carry.cache, new, carry.step),
         )
 
-    carry = lax.while_loop(more, step, _start(policy, decoder, hidden))
+    carry = lax.while_loop(more, step, _start(decoder, hidden, prompt_cache))
     return _rollout(prompts, decoder, lengths, carry)
 
 
-def _prefill(policy: Transformer, layers: tuple[Layer, ...], prompts: Prompts):
+def _prefill(policy: Transformer, layers, prompts: Prompts, fold: Fold):
     """Last-position hidden state of each prompt, and its keys and values a layer."""
     rotary = policy.rotary(prompts.positions)
     visible = causal(prompts.positions, prompts.positions)
-    x, keys, values = policy.embed(prompts.tokens), [], []
-    for layer in layers:
+
+    def through(x, of_layer):
+        (layer,) = of_layer
         q, k, v = layer.qkv(x, rotary)
-        x = layer.finish(x, attention(q, k, v, visible))
-        keys.append(jnp.swapaxes(k, 1, 2))
-        values.append(jnp.swapaxes(v, 1, 2))
+        return layer.finish(x, attention(q, k, v, visible)), (_head_major(k), _head_major(v))
+
+    x, cache = fold.run(through, policy.embed(prompts.tokens), layers)
     last = jnp.argmax(prompts.positions, axis=1)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-    return policy.final(x)[:, 0], keys, values
+    return policy.final(x)[:, 0], cache
 
 
 def _row_keys(key: PRNGKeyArray, ids: Int[Array, " prompt"], samples: int) -> Key[Array, " batch"]:
@@ -121,10 +140,13 @@ def _row_keys(key: PRNGKeyArray, ids: Int[Array, " prompt"], samples: int) -> Ke
     return of_row.reshape(-1)
 
 
-def _start(policy: Transformer, decoder: Decoder, hidden: Float[Array, "batch d"]) -> _Carry:
+def _start(decoder: Decoder, hidden: Float[Array, "batch d"], prompt_cache: Cache) -> _Carry:
     batch, slots = hidden.shape[0], decoder.max_tokens
-    facts = policy.architecture
-    cache = jnp.zeros((batch, facts.num_kv_heads, slots, facts.head_dim), hidden.dtype)
+
+    def empty(x):
+        *layers, _, kv, _, width = x.shape
+        return constrain(jnp.zeros((*layers, batch, kv, slots, width), x.dtype), "cache")
+
     return _Carry(
         step=jnp.zeros((), jnp.int32),
         hidden=hidden,
@@ -132,8 +154,7 @@ def _start(policy: Transformer, decoder: Decoder, hidden: Float[Array, "batch d"
         tokens=jnp.zeros((batch, slots), jnp.int32),
         logprobs=jnp.zeros((batch, slots), wide(hidden.dtype)),
         mask=jnp.zeros((batch, slots), bool),
-        keys=(cache,) * facts.num_layers,
-        values=(cache,) * facts.num_layers,
+        cache=jax.tree.map(empty, prompt_cache),
     )
 
 
@@ -163,38 +184,49 @@ def _record(buffer, value, alive, step):
     return lax.dynamic_update_slice_in_dim(buffer, column, step, axis=1)
 
 
-def _write(cache, new, step):
-    """Puts the step's keys (or values) `[batch 1 kv head_dim]` into their slot."""
-    return lax.dynamic_update_slice_in_dim(cache, jnp.swapaxes(new, 1, 2), step, axis=2)
+def _head_major(
+    x: Float[Array, "batch time kv head_dim"],
+) -> Float[Array, "batch kv time head_dim"]:
+    return constrain(jnp.swapaxes(x, 1, 2), "cache")
+
+
+def _write(cache: Cache, new: Cache, step: Int[Array, ""]) -> Cache:
+    """Puts the step's keys or values into their slot."""
+    return jax.tree.map(
+        lambda old, x: lax.dynamic_update_slice_in_dim(old, x, step, axis=old.ndim - 2), cache, new
+    )
 
 
 def _attend(
     q: Float[Array, "batch 1 heads head_dim"],
     prompt: tuple[Array, Array],
     completion: tuple[Array, Array],
+    new: tuple[Array, Array],
     prompt_visible: Bool[Array, "prompt time"],
-    visible: Bool[Array, " slot"],
+    earlier: Bool[Array, " slot"],
 ) -> Float[Array, "batch 1 heads head_dim"]:
-    """Attention of one token a row over its prompt's shared cache and its own.
+    """Attention of one token a row over its prompt's shared cache, its own one, and itself.
 
-    Rows are grouped by prompt, so the prompt's keys are read once for all its samples.
+    Rows are grouped by prompt, so the prompt's keys are read once for all its samples. The token's
+    own key is apart from the cache, so that the loop over layers only reads what it is given.
     """
     prompts, kv, time, width = prompt[0].shape
     batch = q.shape[0]
-    samples = batch // prompts
-    grouped = q.reshape(prompts, samples, kv, -1, width)
+    grouped = q.reshape(prompts, batch // prompts, kv, -1, width)
     own = q.reshape(batch, kv, -1, width)
     over_prompt = contract("pskrd,pktd->pskrt", grouped, prompt[0])
-    over_own = contract("bkrd,bktd->bkrt", own, completion[0])
+    over_earlier = contract("bkrd,bktd->bkrt", own, completion[0])
+    over_itself = contract("bkrd,bktd->bkrt", own, new[0])
     hidden = jnp.finfo(over_prompt.dtype).min
     over_prompt = jnp.where(prompt_visible[:, None, None, None, :], over_prompt, hidden)
-    over_own = jnp.where(visible[None, None, None, :], over_own, hidden)
+    over_earlier = jnp.where(earlier[None, None, None, :], over_earlier, hidden)
     over_prompt = over_prompt.reshape(batch, kv, -1, time)
-    scores = jnp.concatenate([over_prompt, over_own], axis=-1) * width**-0.5
+    scores = jnp.concatenate([over_prompt, over_earlier, over_itself], axis=-1) * width**-0.5
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    of_prompt = weights[..., :time].reshape(prompts, samples, kv, -1, time)
+    of_prompt = weights[..., :time].reshape(prompts, batch // prompts, kv, -1, time)
     attended = contract("pskrt,pktd->pskrd", of_prompt, prompt[1]).reshape(own.shape)
-    attended = attended + contract("bkrt,bktd->bkrd", weights[..., time:], completion[1])
+    attended = attended + contract("bkrt,bktd->bkrd", weights[..., time:-1], completion[1])
+    attended = attended + contract("bkrt,bktd->bkrd", weights[..., -1:], new[1])
     return attended.astype(q.dtype).reshape(q.shape)
 
 

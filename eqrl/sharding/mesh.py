@@ -6,12 +6,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ..models import ROWS
+
 
 # Copies of everything, with their own rows; parameters cut up, with their own rows; and parts of
 # each matrix product, for the same rows.
 AXES = ("data", "fsdp", "tensor")
-# What rows are spread over.
-ROWS = ("data", "fsdp")
 
 
 def make_mesh(axes: str, devices=None) -> Mesh:

@@ -1,13 +1,14 @@
 """Arrays onto a mesh: parameters by the table of their family, batches by rows."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from ..models import PARTITION, Architecture, units
+from ..models import PARTITION, Architecture, Transformer, units
 from .mesh import ROWS
 
 
@@ -53,11 +54,48 @@ def shardings(tree: PyTree, mesh: Mesh, architecture: Architecture) -> PyTree:
     """The sharding of each array of a model or a training state, from shapes alone."""
 
     def one(path, x):
-        if not eqx.is_array(x) and not isinstance(x, jax.ShapeDtypeStruct):
+        if not _has_shape(x):
             return None
         return NamedSharding(mesh, partition_spec(path, x.shape, mesh, architecture))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def placement(mesh: Mesh) -> Callable[[Transformer], PyTree]:
+    """How `eqrl.models.load` puts a model onto a mesh: `load(path, place=placement(mesh))`.
+
+    Args:
+        mesh: the devices.
+
+    Returns:
+        A function from a model, or one of shapes, to the sharding of each of its arrays.
+    """
+    return lambda model: shardings(model, mesh, model.architecture)
+
+
+def abstract(tree: Tree, mesh: Mesh, architecture: Architecture) -> Tree:
+    """The tree with a `jax.ShapeDtypeStruct` for each array that says where it would lie.
+
+    What `jax.jit(...).lower` takes in place of arrays, for a plan without weights.
+
+    Args:
+        tree: of arrays or shapes, such as `eqrl.models.abstract(architecture)` or what
+            `eqx.filter_eval_shape(eqrl.init, ...)` makes of it. Anything else in it stays.
+        mesh: the devices; they need not be here.
+        architecture: of the model.
+    """
+
+    def one(path, x):
+        if not _has_shape(x):
+            return x
+        where = NamedSharding(mesh, partition_spec(path, x.shape, mesh, architecture))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _has_shape(x: Any) -> bool:
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def place(tree: Tree, mesh: Mesh, architecture: Architecture) -> Tree:

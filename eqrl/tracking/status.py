@@ -22,7 +22,7 @@ class ExitStatus:
             set it, and the status is `"signal"` although the loop ended in order.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self.path = path
         self.step: int | None = None
         self.signal: str | None = None
@@ -32,6 +32,8 @@ class ExitStatus:
     def write(self, status: str, **facts: object) -> None:
         """Replaces the file; a disk that refuses gives a warning, never an exception."""
         self.status = status
+        if self.path is None:
+            return
         record = {"status": status, "step": self.step, "pid": os.getpid(), **facts}
         record["started"] = _clock(self._started)
         if status != "running":
@@ -44,7 +46,7 @@ class ExitStatus:
 
 
 @contextlib.contextmanager
-def exit_status(folder: str | Path) -> Iterator[ExitStatus]:
+def exit_status(folder: str | Path | None) -> Iterator[ExitStatus]:
     """Keeps `folder/exit_status.json` truthful: running, then how the run ended.
 
     `status` is `running` inside; afterwards `success`, `exception` (with `type` and `message`) or
@@ -53,12 +55,13 @@ def exit_status(folder: str | Path) -> Iterator[ExitStatus]:
     clauses run. Only `kill -9` and power loss leave `running` behind, with the dead `pid`.
 
     Args:
-        folder: the run folder; created if need be.
+        folder: the run folder, created if need be; `None` to write nothing, for a process that
+            leaves this to another one.
 
     Yields:
         The status; set its `step`, and `signal` if the loop stops on request.
     """
-    state = ExitStatus(Path(folder) / "exit_status.json")
+    state = ExitStatus(None if folder is None else Path(folder) / "exit_status.json")
     state.write("running")
     with _sigterm_raises():
         try:

@@ -1,9 +1,4 @@
-"""Checkpoints: a pytree of arrays and a few JSON facts, whole or not there at all.
-
-`Checkpoints` keeps the training state with Orbax (extra `checkpoint`), which commits a step by
-renaming its folder: a kill in mid-save costs the step that was being saved, never an older one.
-`resolve_resume` decides what a run continues; `eqrl.models.save` writes weights for others.
-"""
+"""The state of a run on disk, with Orbax."""
 
 import contextlib
 import logging
@@ -11,13 +6,16 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
+
+from .resume import steps_in
 
 
 logger = logging.getLogger("eqrl")
@@ -35,6 +33,9 @@ class Checkpoints:
     state = eqx.combine(arrays, static)
     ```
 
+    With several processes, all of them make every call, in the same order, and see the same
+    folder; each writes and reads its own parts of the arrays.
+
     Args:
         folder: where the steps lie; created by the first save.
         keep: how many of the last steps stay on disk.
@@ -47,12 +48,14 @@ class Checkpoints:
         self._keep = keep
         self._manager = None
         self._warned = False
+        self._failures = 0
 
     def save(self, step: int, arrays: PyTree, extra: Mapping[str, Any]) -> bool:
         """Writes one step; when this returns True it is complete on disk.
 
         A disk or a library that fails costs this checkpoint only: one warning, False, and older
-        checkpoints stay. A step that exists already is replaced.
+        checkpoints stay. A step that exists already is replaced. If one of several processes
+        fails, all return False, after waiting five minutes for it.
 
         Args:
             step: number of the step; the data position and counters in `extra` belong to it.
@@ -74,10 +77,13 @@ class Checkpoints:
         try:
             with _quiet():
                 self._write(step, stored, facts)
+            failure = None
         except Exception as error:
-            self._give_up(step, error)
-            return False
-        return True
+            failure = error
+        if all(_from_all(failure is None)):
+            return True
+        self._give_up(step, failure or OSError("another process could not write its part"))
+        return False
 
     def restore(self, target: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
         """Reads a step into the structure, dtypes and shardings of `target`.
@@ -95,9 +101,10 @@ class Checkpoints:
                 first leaf that differs.
         """
         step = self.latest() if step is None else step
-        if step is None or step not in self.steps():
+        if step is None or not all(_from_all(step in self.steps())):
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-            raise ValueError(f"no {wanted} in {self.folder}; it has steps {self.steps()}")
+            where = " in all processes" if jax.process_count() > 1 else ""
+            raise ValueError(f"no {wanted} in {self.folder}{where}; it has steps {self.steps()}")
         leaves = _described(target)
         with _quiet(), _reader(self.folder) as read:
             facts = read(step, facts=_orbax().args.JsonRestore())
@@ -110,7 +117,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Complete checkpoints on disk, ascending. Needs no Orbax."""
-        return _steps(self.folder)
+        return steps_in(self.folder)
 
     def latest(self) -> int | None:
         """The last complete checkpoint, or `None`."""
@@ -118,9 +125,10 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Removes checkpoints of later steps: those of a future that is being done again."""
-        for later in self.steps():
+        for later in self.steps() if jax.process_index() == 0 else ():
             if later > step:
                 _remove(self.folder / str(later))
+        _from_all(True)  # the others wait until they are gone
         self.close()  # the manager remembers what it has listed
 
     def close(self) -> None:
@@ -137,18 +145,24 @@ class Checkpoints:
         self.close()
 
     def _write(self, step: int, stored: dict[str, Any], facts: dict[str, Any]) -> None:
-        ocp = _orbax()
-        if step in self.steps():
-            _remove(self.folder / str(step))
+        ocp, first = _orbax(), jax.process_index() == 0
+        if any(_from_all(step in self.steps())):
+            if first:
+                _remove(self.folder / str(step))
             self.close()  # the manager remembers what it has listed
         if self._manager is None:
-            for doomed in self.folder.glob("*.dropped"):
+            for doomed in self.folder.glob("*.dropped") if first else ():
                 shutil.rmtree(doomed, ignore_errors=True)
+            if first:
+                self.folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
+                create=False,
                 cleanup_tmp_directories=True,
                 # Synchronous: `save` can then say truthfully whether the step is on disk.
                 enable_async_checkpointing=False,
+                multiprocessing_options=_among(f"save{self._failures}"),
             )
+            _from_all(True)  # the folder is there
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         # Orbax refuses an empty tree; a state without leaves still has its facts.
         items: dict[str, Any] = {"facts": ocp.args.JsonSave(facts)}
@@ -157,7 +171,7 @@ class Checkpoints:
         if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
             raise OSError("Orbax declined to save")
         # Not by Orbax: killed halfway, its deletion leaves a step that looks complete.
-        for old in self.steps()[: -self._keep]:
+        for old in self.steps()[: -self._keep] if first else ():
             _remove(self.folder / str(old))
 
     def _give_up(self, step: int, error: Exception) -> None:
@@ -166,6 +180,7 @@ class Checkpoints:
             message = "checkpoint of step %d was not saved (%s); training goes on, on disk: %s"
             logger.warning(message, step, reason, self.steps())
         self._warned = True
+        self._failures += 1
         # After an error the manager may hold a lock or a half-open step: start a new one.
         with contextlib.suppress(Exception):
             self.close()
@@ -174,82 +189,15 @@ class Checkpoints:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-class Resume(NamedTuple):
-    """What a run continues.
-
-    Attributes:
-        folder: the folder for `Checkpoints`.
-        step: the step to restore.
-    """
-
-    folder: Path
-    step: int
-
-
-def resolve_resume(mode: str | Path, folder: str | Path) -> Resume | None:
-    """Decides what a run in `folder` continues. Reads names only; needs no Orbax.
-
-    Args:
-        mode: `"never"` starts fresh and wants a folder without a run; `"auto"` continues the
-            latest checkpoint under `folder/checkpoints`, or starts fresh if there is none; anything
-            else is the path of a run folder, of its `checkpoints` folder, or of one step in it.
-        folder: the run folder.
-
-    Returns:
-        What to restore, or `None` to start fresh.
-
-    Raises:
-        ValueError: if the path has no checkpoint, or two runs would mix in one folder.
-    """
-    folder = Path(folder).absolute()
-    if mode == "never":
-        if _holds_run(folder):
-            remedy = "choose another --run-dir, or continue it with --resume auto"
-            raise ValueError(f"{folder} already holds a run; {remedy}")
-        return None
-    if mode == "auto":
-        return _latest_in(folder / "checkpoints")
-    found = _find(Path(mode).absolute())
-    if found.folder != folder / "checkpoints" and _holds_run(folder):
-        raise ValueError(
-            f"--resume {mode} is another run than the one {folder} already holds; choose another "
-            "--run-dir"
-        )
-    return found
-
-
-def _find(path: Path) -> Resume:
-    if not path.exists():
-        raise ValueError(f"--resume {path} does not exist; pass a run folder, auto or never")
-    if path.name.isdecimal() and int(path.name) in _steps(path.parent):
-        return Resume(path.parent, int(path.name))
-    found = _latest_in(path / "checkpoints") or _latest_in(path)
-    if found is None:
-        remedy = "pass a run folder that has checkpoints/<step>, or --resume never"
-        raise ValueError(f"--resume {path} holds no complete checkpoint; {remedy}")
-    return found
-
-
-def _latest_in(folder: Path) -> Resume | None:
-    steps = _steps(folder)
-    return Resume(folder, steps[-1]) if steps else None
-
-
-def _holds_run(folder: Path) -> bool:
-    marks = ("metrics.jsonl", "exit_status.json")
-    return any((folder / mark).exists() for mark in marks) or bool(_steps(folder / "checkpoints"))
-
-
-def _steps(folder: Path) -> list[int]:
-    # Orbax renames a finished step to its bare number; drafts carry a suffix.
-    if not folder.is_dir():
-        return []
-    found = (f for f in folder.iterdir() if f.name.isdecimal())
-    return sorted(int(f.name) for f in found if (f / "_CHECKPOINT_METADATA").exists())
+def _from_all(fact: bool) -> list[bool]:
+    """What every process says; none goes on before all have said it."""
+    if jax.process_count() == 1:
+        return [fact]
+    return [bool(x) for x in multihost_utils.process_allgather(np.int32(fact))]
 
 
 def _remove(step_folder: Path) -> None:
-    # First under a name that `_steps` does not list, so that a kill leaves no half checkpoint.
+    # First under a name that `steps_in` does not list, so that a kill leaves no half checkpoint.
     doomed = step_folder.with_name(f"{step_folder.name}.dropped")
     shutil.rmtree(doomed, ignore_errors=True)
     step_folder.rename(doomed)
@@ -367,7 +315,7 @@ def _reader(folder: Path) -> Iterator[Callable[..., Any]]:
     # The folder may be that of another run, even of one still going on: opened for writing,
     # the manager would sweep away the step which that run is saving right now.
     ocp = _orbax()
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_among("read"))
     with contextlib.closing(ocp.CheckpointManager(folder, options=options)) as manager:
 
         def read(step: int, **item: Any) -> Any:
@@ -375,6 +323,18 @@ def _reader(folder: Path) -> Iterator[Callable[..., Any]]:
             return manager.restore(step, args=ocp.args.Composite(**item))[name]
 
         yield read
+
+
+def _among(prefix: str) -> Any:
+    """Orbax waits for other processes with a time limit, and not through their devices.
+
+    There, processes whose save has failed would take its next sum for the run's own next one. The
+    prefix is new after a failure, so that nobody waits where another has stopped waiting.
+    """
+    every = None if jax.process_count() == 1 else set(range(jax.process_count()))
+    return _orbax().options.MultiprocessingOptions(
+        active_processes=every, barrier_sync_key_prefix=prefix if every else None
+    )
 
 
 def _orbax():

@@ -1,0 +1,153 @@
+"""Which mesh: the one that sends least, of those whose memory suffices."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from ..models import Architecture, Transformer
+from .mesh import make_mesh, row_shards
+from .place import shardings
+
+
+# Of a device's memory, what the training state may take; activations, caches and the runtime want
+# the rest.
+_SHARE = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshChoice:
+    """A mesh, and what speaks for it.
+
+    Attributes:
+        axes: as `make_mesh` reads it.
+        mesh: the devices.
+        state_bytes: of the training state and its gradient, on one device.
+        sent_bytes: by one device in one training step, to others.
+        fits: whether the state leaves room for the rest.
+        capacity: bytes of memory of one device; `None` if not known.
+    """
+
+    axes: str
+    mesh: Mesh
+    state_bytes: int
+    sent_bytes: int
+    fits: bool
+    capacity: int | None
+
+    def __str__(self) -> str:
+        size = f"{self.state_bytes / 2**30:.2f} GiB of state"
+        room = "" if self.capacity is None else f" of {self.capacity / 2**30:.1f}"
+        sends = f"{self.sent_bytes / 2**30:.2f} GiB sent a step"
+        return f"{self.axes}: {size}{room} and {sends} by each device"
+
+
+def mesh_choices(
+    policy: Transformer,
+    state: PyTree,
+    *,
+    devices: Sequence[Any] | None = None,
+    capacity: int | None = None,
+    row_units: Sequence[int] = (),
+    update_tokens: int,
+    micro_batches: int,
+) -> list[MeshChoice]:
+    r"""All meshes of the devices that can be used, the best one first.
+
+    Those that fit come before those that do not; among them the smallest `tensor`, whose exchanges
+    stand between any two products, two a layer for every token sampled; then fewer bytes sent. By
+    one device in a step, with $P$ parameters of $b$ bytes, $L$ layers of width $d$, $n$ tokens in
+    its updates and $m$ micro-batches, on axes of $D$, $F$ and $T$ devices:
+
+    - `fsdp`: the weights gathered for a forward and a backward pass, and gradients summed, for each
+      micro-batch: $3 m \, bP/T \cdot (F-1)/F$; and once more for the rollout;
+    - `data`: gradients summed: $2 m \, bP/(FT) \cdot (D-1)/D$;
+    - `tensor`: the residual stream summed twice a layer, forward and backward:
+      $4 L \cdot 2 n d b/(DF) \cdot (T-1)/T$.
+
+    Args:
+        policy: the model, or one of `jax.ShapeDtypeStruct`.
+        state: the training state, or one of shapes: everything that stays while training.
+        devices: to use; all by default.
+        capacity: bytes of memory of one device; any amount by default.
+        row_units: numbers of rows that should divide over the mesh: prompts of a pass, rows of a
+            micro-batch. Meshes that cut rows finer than the largest are left out.
+        update_tokens: tokens of all rows, prompts too, that a step's updates go through.
+        micro_batches: of a step: accumulation steps times updates.
+
+    Returns:
+        Never empty.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    width = jnp.dtype(policy.embedding.dtype).itemsize
+    found = []
+    for axes, sizes in _candidates(len(devices), policy.architecture, _per_host(devices)):
+        mesh = make_mesh(axes, devices)
+        if row_units and row_shards(mesh) > max(row_units):
+            continue
+        # A gradient is summed in float32, cut like the weights.
+        held = _held(state, mesh, policy.architecture)
+        held += _held(policy, mesh, policy.architecture, itemsize=4)
+        sent = _sent(policy, sizes, width, update_tokens, micro_batches)
+        fits = capacity is None or held <= _SHARE * capacity
+        found.append(MeshChoice(axes, mesh, held, sent, fits, capacity))
+
+    def badness(choice: MeshChoice):
+        if not choice.fits:
+            return True, choice.state_bytes, 0, 0
+        # Of two that send the same, the one that holds less.
+        return False, choice.mesh.shape["tensor"], choice.sent_bytes, choice.state_bytes
+
+    return sorted(found, key=badness) or [_only(policy, state, devices, capacity)]
+
+
+def _only(policy, state, devices, capacity) -> MeshChoice:
+    """When there are more devices than rows, somebody must compute on padding."""
+    axes = f"fsdp={len(devices)}"
+    mesh = make_mesh(axes, devices)
+    return MeshChoice(axes, mesh, _held(state, mesh, policy.architecture), 0, True, capacity)
+
+
+def _candidates(
+    count: int, facts: Architecture, per_host: int
+) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """Axes whose sizes multiply to `count`; `tensor` within a host, and between heads."""
+    for tensor in (t for t in range(1, count + 1) if count % t == 0):
+        if tensor > per_host or facts.num_kv_heads % tensor or facts.ff_width % tensor:
+            continue
+        rest = count // tensor
+        for fsdp in (f for f in range(1, rest + 1) if rest % f == 0):
+            sizes = (rest // fsdp, fsdp, tensor)
+            named = zip(("data", "fsdp", "tensor"), sizes, strict=True)
+            yield ",".join(f"{n}={s}" for n, s in named if s > 1) or "data=1", sizes
+
+
+def _per_host(devices) -> int:
+    hosts = {device.process_index for device in devices}
+    return max(len(devices) // len(hosts), 1)
+
+
+def _held(tree, mesh, facts, itemsize: int | None = None) -> int:
+    """Bytes of a tree on one device."""
+    cut = jax.tree.leaves(shardings(tree, mesh, facts))
+    arrays = [x for x in jax.tree.leaves(tree) if hasattr(x, "shape")]
+    return sum(
+        math.prod(s.shard_shape(x.shape)) * (itemsize or jnp.dtype(x.dtype).itemsize)
+        for x, s in zip(arrays, cut, strict=True)
+    )
+
+
+def _sent(policy, sizes, width: int, tokens: int, micro_batches: int) -> int:
+    data, fsdp, tensor = sizes
+    facts = policy.architecture
+    weights = width * sum(math.prod(x.shape) for x in jax.tree.leaves(policy))
+    gathered = (3 * micro_batches + 1) * weights / tensor * (fsdp - 1) / fsdp
+    summed = 2 * micro_batches * weights / (fsdp * tensor) * (data - 1) / data
+    residual = tokens * facts.width * width / (data * fsdp)
+    crossed = 4 * facts.num_layers * 2 * residual * (tensor - 1) / tensor
+    return int(gathered + summed + crossed)

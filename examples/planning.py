@@ -1,0 +1,441 @@
+"""What a run would take, before it is paid for: `--dry-run` (here) and `--plan v6e-8` (anywhere).
+
+The programs of a step are compiled for the devices that are asked about, from shapes alone: no
+weights, no data, no hub, and for `--plan` no such device either.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from config import Config, batch_plan, build_algorithm, build_optimizer, derived
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from layout import Meshes, choose_meshes, implementation_for, state_shapes
+
+import eqrl
+from eqrl import models, samplers, sharding
+from eqrl.sharding import plan as planner
+
+
+GIB = 2**30
+# Sizes tried in search of the largest micro-batch, and what of a device's memory they may use: they
+# are compiled quickly, with memory that is some percent off.
+TRIES, MARGIN = 4, 0.92
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The run as shapes that know where they would lie.
+
+    Attributes:
+        config: resolved.
+        topology: the devices.
+        meshes: of training and of sampling.
+        architecture: of the model.
+        algorithm: to train with.
+        optimizer: likewise.
+        state: policy, critic and optimizer.
+        reference: the frozen policy, if the algorithm reads it.
+    """
+
+    config: Config
+    topology: planner.Topology
+    meshes: Meshes
+    architecture: models.Architecture
+    algorithm: eqrl.Algorithm
+    optimizer: optax.GradientTransformation
+    state: eqrl.TrainState
+    reference: models.Transformer | None
+
+    @property
+    def mesh(self) -> Mesh:
+        """Of training."""
+        assert self.meshes.train is not None
+        return self.meshes.train
+
+    @property
+    def sampling_mesh(self) -> Mesh:
+        """How weights lie while sampling."""
+        assert self.meshes.sample is not None
+        return self.meshes.sample
+
+    @property
+    def moved(self) -> bool:
+        """Whether sampling has a copy of the weights in a layout of its own."""
+        return self.sampling_mesh != self.mesh
+
+
+def plan(config: Config, model_folder: str) -> int:
+    """Prints a block for each program and what they come to. Returns the exit status: 0 if all fit.
+
+    Args:
+        config: resolved, with `plan`.
+        model_folder: folder, file or hub id of the model; only its architecture is read.
+
+    Raises:
+        ValueError: if the topology, the model or the mesh is not known.
+    """
+    start = time.perf_counter()
+    if config.plan != "here":
+        jax.config.update("jax_platforms", "cpu")  # what is asked about need not be here
+    topology = planner.here() if config.plan == "here" else planner.topology(config.plan)
+    shapes = _shapes(config, topology, models.architecture_of(model_folder))
+    print(_heading(shapes), flush=True)
+    programs = []
+    for program in _programs(shapes):
+        programs.append(program)
+        print(f"\n{program}", flush=True)
+    print(f"\n{_summary(shapes, programs)}", flush=True)
+    fits = all(program.fits for program in programs)
+    print(f"\n{_advice(shapes, programs)}")
+    print(f"compiled in {time.perf_counter() - start:.0f} s")
+    return 0 if fits else 1
+
+
+def _shapes(config: Config, topology, architecture: models.Architecture) -> Shapes:
+    algorithm = build_algorithm(config)
+    optimizer = build_optimizer(config, derived(config)["updates"])
+    policy = models.abstract(architecture, jnp.dtype(config.dtype))
+    state = state_shapes(policy, algorithm, optimizer)
+    devices = topology.devices
+    if config.mesh is None and config.plan == "here":
+        devices = devices[:1]  # as the run would
+    meshes = choose_meshes(config, policy, state, devices, topology.chip.hbm_bytes)
+    assert meshes.train is not None
+    lay = functools.partial(sharding.abstract, mesh=meshes.train, architecture=architecture)
+    return Shapes(
+        config=config,
+        topology=topology,
+        meshes=meshes,
+        architecture=architecture,
+        algorithm=algorithm,
+        optimizer=optimizer,
+        state=lay(state),
+        reference=lay(policy) if "ref_logprobs" in algorithm.requires else None,
+    )
+
+
+def _programs(shapes: Shapes) -> Iterator[planner.ProgramPlan]:
+    """The programs of a step in their order."""
+    if shapes.moved:
+        yield _gather(shapes)
+    yield _sample(shapes, "prefill", max_tokens=1)
+    yield _sample(shapes, "decode", max_tokens=shapes.config.rollout.max_tokens)
+    if _required(shapes):
+        yield _annotate(shapes)
+    yield _update(shapes, _micro_rows(shapes))
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+
+def _gather(shapes: Shapes) -> planner.ProgramPlan:
+    """The copy of the weights for sampling; its programs, one an array, as one."""
+    leaves = jax.tree.leaves(shapes.state.policy)
+    into = jax.tree.leaves(_cut(shapes, shapes.sampling_mesh))
+    held = _bytes(shapes.state) + _bytes(shapes.reference)
+    parts = [
+        planner.plan_program(
+            "weights for sampling",
+            sharding.resharding(where),
+            (x,),
+            topology=shapes.topology,
+            mesh=shapes.mesh,
+            resident_bytes=held - _bytes(x),
+        )
+        for x, where in zip(leaves, into, strict=True)
+    ]
+    return planner.in_turn(parts)
+
+
+def _sample(shapes: Shapes, name: str, max_tokens: int) -> planner.ProgramPlan:
+    mesh, config = shapes.sampling_mesh, shapes.config
+    policy = shapes.state.policy
+    resident = _bytes(shapes.state) + _bytes(shapes.reference)
+    if shapes.moved:
+        policy = sharding.abstract(policy, mesh, shapes.architecture)
+    else:
+        resident -= _bytes(policy)
+    sampler = _sampler(shapes, max_tokens)
+    prompts = _prompts(config, _pass_prompts(shapes), mesh)
+    return planner.plan_program(
+        name,
+        jax.jit(lambda policy, prompts, key: sampler(policy, prompts, key=key)),
+        (policy, prompts, _key(mesh)),
+        topology=shapes.topology,
+        mesh=mesh,
+        resident_bytes=resident,
+        while_trips=max_tokens,
+        calls=batch_plan(config).rollout_passes,
+    )
+
+
+def _annotate(shapes: Shapes) -> planner.ProgramPlan:
+    required, config = _required(shapes), shapes.config
+    micro = _micro_rows(shapes)
+    rollout = _rollout(shapes)
+    rows = rollout.tokens.shape[0]
+    own = (shapes.state.policy, shapes.reference, shapes.state.critic)
+
+    def annotate(policy, reference, critic, rollout):
+        return eqrl.annotate(
+            rollout,
+            required,
+            policy=policy,
+            reference=reference,
+            critic=critic,
+            temperature=config.rollout.temperature,
+            implementation=implementation_for(config, shapes.mesh, shapes.topology.chip.platform),
+            micro_batch=min(micro * sharding.row_shards(shapes.mesh), rows),
+            buffer=_buffer(shapes, micro),
+        )
+
+    return planner.plan_program(
+        "/".join(sorted(name.removesuffix("_logprobs") for name in required)),
+        jax.jit(annotate),
+        (*own, rollout),
+        topology=shapes.topology,
+        mesh=shapes.mesh,
+        resident_bytes=_bytes(shapes.state) + _bytes(shapes.reference) - _bytes(own),
+    )
+
+
+def _update(shapes: Shapes, micro: int, *, quick: bool = False) -> planner.ProgramPlan:
+    """The optimizer step with `micro` rows of each device in a backward pass."""
+    config = shapes.config
+    implementation = implementation_for(config, shapes.mesh, shapes.topology.chip.platform)
+
+    def update(state, batch):
+        return eqrl.update(
+            state,
+            batch,
+            shapes.algorithm,
+            shapes.optimizer,
+            temperature=config.rollout.temperature,
+            implementation=implementation,
+            micro_batch=micro * sharding.row_shards(shapes.mesh),
+            buffer=_buffer(shapes, micro),
+            remat=config.optim.remat,
+        )
+
+    return planner.plan_program(
+        "update",
+        jax.jit(update, donate_argnums=0),
+        (shapes.state, _batch(shapes)),
+        topology=shapes.topology,
+        mesh=shapes.mesh,
+        resident_bytes=_bytes(shapes.reference),
+        calls=batch_plan(config).updates_per_step,
+        quick=quick,
+    )
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+def _sampler(shapes: Shapes, max_tokens: int) -> samplers.Sampler:
+    # Which token stops changes a constant of the program, and the checkpoint is not here.
+    rollout = shapes.config.rollout
+    return samplers.Decoder(rollout.samples, max_tokens, (0,), rollout.temperature)
+
+
+def _pass_prompts(shapes: Shapes) -> int:
+    shards = sharding.row_shards(shapes.sampling_mesh)
+    return -(-batch_plan(shapes.config).prompts_per_pass // shards) * shards
+
+
+def _micro_rows(shapes: Shapes) -> int:
+    """Rows of a device in a backward pass."""
+    shards = sharding.row_shards(shapes.mesh)
+    return batch_plan(shapes.config, row_shards=shards).micro_batch_sequences_per_device
+
+
+def _buffer(shapes: Shapes, micro: int) -> int:
+    """Trained tokens of a micro-batch if no completion stops before its time."""
+    return micro * sharding.row_shards(shapes.mesh) * shapes.config.rollout.max_tokens
+
+
+def _rows(x: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The shape with its rows over the mesh, after padding them to it."""
+    shards = sharding.row_shards(mesh)
+    shape = (-(-x.shape[0] // shards) * shards, *x.shape[1:])
+    return jax.ShapeDtypeStruct(
+        shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(sharding.ROWS))
+    )
+
+
+def _prompts(config: Config, count: int, mesh: Mesh) -> eqrl.Prompts:
+    width = config.data.max_prompt_tokens
+    prompts = eqx.filter_eval_shape(eqrl.pad_prompts, [[0] * width], [0], step=1)
+    widen = lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)  # noqa: E731
+    return jax.tree.map(lambda x: _rows(widen(x), mesh), prompts)
+
+
+def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def _required(shapes: Shapes) -> frozenset[str]:
+    """What the trainer's own forward passes give before the update."""
+    several = batch_plan(shapes.config).updates_per_step > 1
+    required = set(shapes.algorithm.requires) | ({"old_logprobs"} if several else set())
+    if shapes.config.algo.old_logprobs == "sampler":
+        required -= {"old_logprobs"}
+    known = {"old_logprobs", "old_entropy", "sum_pi_squared", "ref_logprobs", "values"}
+    return frozenset(required & known)
+
+
+def _rollout(shapes: Shapes) -> eqrl.Rollout:
+    """All sequences of a step, each as long as can be."""
+    config = shapes.config
+    sampler = _sampler(shapes, config.rollout.max_tokens)
+    rollout = eqx.filter_eval_shape(
+        lambda policy, prompts, key: sampler(policy, prompts, key=key),
+        shapes.state.policy,
+        _prompts(config, config.rollout.prompts, shapes.mesh),
+        _key(shapes.mesh),
+    )
+    rows = rollout.tokens.shape[0]
+    filled = {"rewards": jax.ShapeDtypeStruct((rows, 1), jnp.float32)}
+    for name in ("greedy_rewards", "version"):
+        kind = jnp.int32 if name == "version" else jnp.float32
+        filled[name] = jax.ShapeDtypeStruct((rows,), kind)
+    rollout = dataclasses.replace(rollout, **filled)
+    return jax.tree.map(lambda x: _rows(x, shapes.mesh), rollout)
+
+
+def _batch(shapes: Shapes) -> eqrl.Batch:
+    """One minibatch, padded to the mesh."""
+    rollout = _rollout(shapes)
+    like = rollout.logprobs
+    filled = {name: like for name in _required(shapes)}
+    rollout = dataclasses.replace(rollout, **filled)
+    batch, _ = eqx.filter_eval_shape(shapes.algorithm.assign, like, shapes.state.algorithm, rollout)
+    rows = batch_plan(shapes.config).minibatch_sequences
+    cut = lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)  # noqa: E731
+    return jax.tree.map(lambda x: _rows(cut(x), shapes.mesh), batch)
+
+
+def _cut(shapes: Shapes, mesh: Mesh):
+    return sharding.shardings(shapes.state.policy, mesh, shapes.architecture)
+
+
+def _bytes(tree: Any) -> int:
+    """On one device."""
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _heading(shapes: Shapes) -> str:
+    config, topology, facts = shapes.config, shapes.topology, shapes.architecture
+    batch = batch_plan(config, row_shards=sharding.row_shards(shapes.mesh))
+    sizes = lambda mesh: ",".join(f"{n}={s}" for n, s in mesh.shape.items() if s > 1) or "1"  # noqa: E731
+    own = f", weights while sampling {sizes(shapes.sampling_mesh)}" if shapes.moved else ""
+    chip = topology.chip
+    peaks = "no published peaks"
+    if chip.bf16_flops is not None and chip.hbm_bytes_per_s is not None:
+        peaks = (
+            f"{chip.bf16_flops / 1e12:.0f} TFLOP/s and {chip.hbm_bytes_per_s / 1e9:.0f} GB/s "
+            f"({chip.source})"
+        )
+    return (
+        f"{config.model} ({facts.family}, {facts.num_layers} layers of width {facts.width}, "
+        f"{config.dtype}), {config.algo.name}\n"
+        f"on {topology.name}: {len(topology.devices)} x {chip.name}, hosts: {topology.hosts}; "
+        f"{chip.hbm_bytes / GIB:.2f} GiB each, {peaks}\n"
+        f"{shapes.meshes.why or 'mesh ' + sizes(shapes.mesh)}{own}\n"
+        f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} samples of "
+        f"{config.data.max_prompt_tokens} + {config.rollout.max_tokens} tokens; "
+        f"{batch.rollout_passes} rollout passes; {batch.updates_per_step} updates of "
+        f"{batch.accumulation_steps} micro-batches of "
+        f"{batch.micro_batch_sequences_per_device} sequences a device"
+        f"{', layers recomputed' if config.optim.remat else ''}"
+    )
+
+
+def _summary(shapes: Shapes, programs: list[planner.ProgramPlan]) -> str:
+    """Least time of a step, and what was not built."""
+    lines = [f"not built: {_logits(shapes)}"]
+    if all(program.seconds is not None for program in programs):
+        # Prefill is in the decode program as well.
+        parts = {p.name: p.calls * p.seconds.total for p in programs if p.name != "prefill"}  # type: ignore
+        step = sum(parts.values())
+        tokens = batch_plan(shapes.config).sequences_per_step * shapes.config.rollout.max_tokens
+        shares = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items())
+        lines.append(
+            f"a step takes at least {step:.2f} s ({shares}) if every completion runs to its end: "
+            f"at most {tokens / step:,.0f} tokens per second"
+        )
+    return "\n".join(lines)
+
+
+def _logits(shapes: Shapes) -> str:
+    """What logits of every position would take, which no program here keeps."""
+    config, vocab = shapes.config, shapes.architecture.vocab_size
+    width = jnp.dtype(config.dtype).itemsize
+    prompts = _pass_prompts(shapes) // sharding.row_shards(shapes.sampling_mesh)
+    samples = config.rollout.samples
+    prefill = prompts * samples * config.data.max_prompt_tokens * vocab * width
+    length = config.data.max_prompt_tokens + config.rollout.max_tokens
+    update = _micro_rows(shapes) * length * vocab * 4
+    return (
+        f"logits of all prompt tokens of a pass ({prefill / GIB:.2f} GiB a device) and of all "
+        f"tokens of a micro-batch in float32 ({update / GIB:.2f} GiB)"
+    )
+
+
+def _advice(shapes: Shapes, programs: list[planner.ProgramPlan]) -> str:
+    """The largest micro-batch, and which knob helps what does not fit."""
+    lines = []
+    for program in programs:
+        if not program.fits and program.name != "update":
+            lines.append(f"{program.name} does not fit: {_knob(shapes, program)}")
+    update = programs[-1]
+    asked = _micro_rows(shapes)
+    rows = batch_plan(shapes.config).minibatch_sequences
+    high = -(-rows // sharding.row_shards(shapes.mesh))
+
+    def spare(micro: int) -> int:
+        if micro == asked:
+            return update.capacity - update.hbm_bytes
+        program = _update(shapes, micro, quick=True)
+        return int(MARGIN * program.capacity) - program.hbm_bytes
+
+    largest = planner.search(spare, asked if update.fits else 1, high, tries=TRIES)
+    if largest is None:
+        lines.append(f"update does not fit with one sequence a device: {_knob(shapes, update)}")
+    else:
+        most = " (the whole minibatch)" if largest == high else ""
+        lines.append(
+            f"largest micro-batch that fits: {largest} sequences a device, "
+            f"--optim.micro-batch-per-device {largest}{most}"
+        )
+    verdict = "everything fits" if all(p.fits for p in programs) else "the run does not fit"
+    return "\n".join([*lines, verdict])
+
+
+def _knob(shapes: Shapes, program: planner.ProgramPlan) -> str:
+    """What to change, in the order in which it costs."""
+    config = shapes.config
+    if program.name in ("prefill", "decode"):
+        per_row = (program.temporary_bytes + program.output_bytes) / max(_pass_prompts(shapes), 1)
+        room = program.capacity - program.argument_bytes - program.resident_bytes
+        if room > 0 and _pass_prompts(shapes) > sharding.row_shards(shapes.sampling_mesh):
+            prompts = max(int(room / max(per_row, 1)), 1)
+            passes = -(-config.rollout.prompts // prompts)
+            return f"try --rollout.passes {max(passes, batch_plan(config).rollout_passes + 1)}"
+        return "cut the weights while sampling, for instance --mesh fsdp=-1/tensor=2,data=-1"
+    if program.name == "update" and not config.optim.remat:
+        return "try --optim.remat"
+    return "cut the state further (--mesh fsdp=-1), or take more devices"
