@@ -87,16 +87,17 @@ def state_shapes(
     policy: models.Transformer,
     algorithm: eqrl.Algorithm,
     optimizer: optax.GradientTransformation,
-) -> eqrl.TrainState:
-    """The training state as shapes, from a model or its shapes."""
+) -> tuple[eqrl.TrainState, models.Transformer | None]:
+    """Training state and frozen reference as shapes, from a model or its shapes."""
     critic = None
     if "values" in algorithm.requires:
         critic = eqx.filter_eval_shape(models.ValueModel.init, policy)
-    return eqx.filter_eval_shape(
+    state = eqx.filter_eval_shape(
         lambda policy, critic: eqrl.init(policy, algorithm, optimizer, critic=critic),
         policy,
         critic,
     )
+    return state, policy if "ref_logprobs" in algorithm.requires else None
 
 
 def stated_mesh(config: Config) -> Mesh | None:
@@ -117,7 +118,7 @@ def choose_meshes(
     Args:
         config: resolved, with a mesh.
         policy: the model or its shapes.
-        state: the training state or its shapes.
+        state: all that stays while training, or its shapes.
         devices: all there are.
         capacity: bytes of one device's memory, if known.
 
@@ -136,15 +137,19 @@ def choose_meshes(
 
 def _cheapest(config: Config, policy, state, devices, capacity) -> tuple[Mesh, str]:
     batch = batch_plan(config)
+    micro = batch.micro_batch_sequences
+    if config.optim.micro_batch_per_device:
+        micro = config.optim.micro_batch_per_device * len(devices)
+    accumulated = -(-batch.minibatch_sequences // micro)
     length = config.data.max_prompt_tokens + config.rollout.max_tokens
     choices = sharding.mesh_choices(
         policy,
         state,
         devices=devices,
         capacity=capacity,
-        row_units=(batch.micro_batch_sequences, batch.prompts_per_pass),
+        row_units=(min(micro, batch.minibatch_sequences), batch.prompts_per_pass),
         update_tokens=batch.sequences_per_step * batch.epochs * length,
-        micro_batches=batch.accumulation_steps * batch.updates_per_step,
+        micro_batches=accumulated * batch.updates_per_step,
     )
     best, others = choices[0], [c for c in choices[1:] if c.fits]
     why = f"mesh auto: {best}; the least sent of what fits"

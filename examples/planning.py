@@ -4,23 +4,17 @@ The programs of a step are compiled for the devices that are asked about, from s
 weights, no data, no hub, and for `--plan` no such device either.
 """
 
-import dataclasses
-import functools
-import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
-from config import Config, batch_plan, build_algorithm, build_optimizer, derived
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from layout import Meshes, choose_meshes, implementation_for, state_shapes
+from config import Config, batch_plan
+from layout import implementation_for
+from shapes import Shapes, bytes_of, key_on, shapes_of
 
 import eqrl
-from eqrl import models, samplers, sharding
+from eqrl import models, sharding
 from eqrl.sharding import plan as planner
 
 
@@ -28,48 +22,6 @@ GIB = 2**30
 # Sizes tried in search of the largest micro-batch, and what of a device's memory they may use: they
 # are compiled quickly, with memory that is some percent off.
 TRIES, MARGIN = 4, 0.92
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """The run as shapes that know where they would lie.
-
-    Attributes:
-        config: resolved.
-        topology: the devices.
-        meshes: of training and of sampling.
-        architecture: of the model.
-        algorithm: to train with.
-        optimizer: likewise.
-        state: policy, critic and optimizer.
-        reference: the frozen policy, if the algorithm reads it.
-    """
-
-    config: Config
-    topology: planner.Topology
-    meshes: Meshes
-    architecture: models.Architecture
-    algorithm: eqrl.Algorithm
-    optimizer: optax.GradientTransformation
-    state: eqrl.TrainState
-    reference: models.Transformer | None
-
-    @property
-    def mesh(self) -> Mesh:
-        """Of training."""
-        assert self.meshes.train is not None
-        return self.meshes.train
-
-    @property
-    def sampling_mesh(self) -> Mesh:
-        """How weights lie while sampling."""
-        assert self.meshes.sample is not None
-        return self.meshes.sample
-
-    @property
-    def moved(self) -> bool:
-        """Whether sampling has a copy of the weights in a layout of its own."""
-        return self.sampling_mesh != self.mesh
 
 
 def plan(config: Config, model_folder: str) -> int:
@@ -84,9 +36,11 @@ def plan(config: Config, model_folder: str) -> int:
     """
     start = time.perf_counter()
     if config.plan != "here":
-        jax.config.update("jax_platforms", "cpu")  # what is asked about need not be here
+        # What is asked about need not be here, and programs for it are not read back from a cache.
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)
     topology = planner.here() if config.plan == "here" else planner.topology(config.plan)
-    shapes = _shapes(config, topology, models.architecture_of(model_folder))
+    shapes = shapes_of(config, topology, models.architecture_of(model_folder))
     print(_heading(shapes), flush=True)
     programs = []
     for program in _programs(shapes):
@@ -99,38 +53,15 @@ def plan(config: Config, model_folder: str) -> int:
     return 0 if fits else 1
 
 
-def _shapes(config: Config, topology, architecture: models.Architecture) -> Shapes:
-    algorithm = build_algorithm(config)
-    optimizer = build_optimizer(config, derived(config)["updates"])
-    policy = models.abstract(architecture, jnp.dtype(config.dtype))
-    state = state_shapes(policy, algorithm, optimizer)
-    devices = topology.devices
-    if config.mesh is None and config.plan == "here":
-        devices = devices[:1]  # as the run would
-    meshes = choose_meshes(config, policy, state, devices, topology.chip.hbm_bytes)
-    assert meshes.train is not None
-    lay = functools.partial(sharding.abstract, mesh=meshes.train, architecture=architecture)
-    return Shapes(
-        config=config,
-        topology=topology,
-        meshes=meshes,
-        architecture=architecture,
-        algorithm=algorithm,
-        optimizer=optimizer,
-        state=lay(state),
-        reference=lay(policy) if "ref_logprobs" in algorithm.requires else None,
-    )
-
-
 def _programs(shapes: Shapes) -> Iterator[planner.ProgramPlan]:
     """The programs of a step in their order."""
     if shapes.moved:
         yield _gather(shapes)
     yield _sample(shapes, "prefill", max_tokens=1)
     yield _sample(shapes, "decode", max_tokens=shapes.config.rollout.max_tokens)
-    if _required(shapes):
+    if shapes.required:
         yield _annotate(shapes)
-    yield _update(shapes, _micro_rows(shapes))
+    yield _update(shapes, shapes.micro_rows)
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -139,8 +70,8 @@ def _programs(shapes: Shapes) -> Iterator[planner.ProgramPlan]:
 def _gather(shapes: Shapes) -> planner.ProgramPlan:
     """The copy of the weights for sampling; its programs, one an array, as one."""
     leaves = jax.tree.leaves(shapes.state.policy)
-    into = jax.tree.leaves(_cut(shapes, shapes.sampling_mesh))
-    held = _bytes(shapes.state) + _bytes(shapes.reference)
+    into = jax.tree.leaves(shapes.cut(shapes.sampling_mesh))
+    held = shapes.held
     parts = [
         planner.plan_program(
             "weights for sampling",
@@ -148,7 +79,7 @@ def _gather(shapes: Shapes) -> planner.ProgramPlan:
             (x,),
             topology=shapes.topology,
             mesh=shapes.mesh,
-            resident_bytes=held - _bytes(x),
+            resident_bytes=held - bytes_of(x),
         )
         for x, where in zip(leaves, into, strict=True)
     ]
@@ -158,17 +89,17 @@ def _gather(shapes: Shapes) -> planner.ProgramPlan:
 def _sample(shapes: Shapes, name: str, max_tokens: int) -> planner.ProgramPlan:
     mesh, config = shapes.sampling_mesh, shapes.config
     policy = shapes.state.policy
-    resident = _bytes(shapes.state) + _bytes(shapes.reference)
+    resident = shapes.held
     if shapes.moved:
         policy = sharding.abstract(policy, mesh, shapes.architecture)
     else:
-        resident -= _bytes(policy)
-    sampler = _sampler(shapes, max_tokens)
-    prompts = _prompts(config, _pass_prompts(shapes), mesh)
+        resident -= bytes_of(policy)
+    sampler = shapes.sampler(max_tokens)
+    prompts = shapes.prompts(shapes.pass_prompts, mesh)
     return planner.plan_program(
         name,
         jax.jit(lambda policy, prompts, key: sampler(policy, prompts, key=key)),
-        (policy, prompts, _key(mesh)),
+        (policy, prompts, key_on(mesh)),
         topology=shapes.topology,
         mesh=mesh,
         resident_bytes=resident,
@@ -178,9 +109,9 @@ def _sample(shapes: Shapes, name: str, max_tokens: int) -> planner.ProgramPlan:
 
 
 def _annotate(shapes: Shapes) -> planner.ProgramPlan:
-    required, config = _required(shapes), shapes.config
-    micro = _micro_rows(shapes)
-    rollout = _rollout(shapes)
+    required, config = shapes.required, shapes.config
+    micro = shapes.micro_rows
+    rollout = shapes.rollout()
     rows = rollout.tokens.shape[0]
     own = (shapes.state.policy, shapes.reference, shapes.state.critic)
 
@@ -194,7 +125,7 @@ def _annotate(shapes: Shapes) -> planner.ProgramPlan:
             temperature=config.rollout.temperature,
             implementation=implementation_for(config, shapes.mesh, shapes.topology.chip.platform),
             micro_batch=min(micro * sharding.row_shards(shapes.mesh), rows),
-            buffer=_buffer(shapes, micro),
+            buffer=shapes.buffer(micro),
         )
 
     return planner.plan_program(
@@ -203,7 +134,7 @@ def _annotate(shapes: Shapes) -> planner.ProgramPlan:
         (*own, rollout),
         topology=shapes.topology,
         mesh=shapes.mesh,
-        resident_bytes=_bytes(shapes.state) + _bytes(shapes.reference) - _bytes(own),
+        resident_bytes=shapes.held - bytes_of(own),
     )
 
 
@@ -221,117 +152,20 @@ def _update(shapes: Shapes, micro: int, *, quick: bool = False) -> planner.Progr
             temperature=config.rollout.temperature,
             implementation=implementation,
             micro_batch=micro * sharding.row_shards(shapes.mesh),
-            buffer=_buffer(shapes, micro),
+            buffer=shapes.buffer(micro),
             remat=config.optim.remat,
         )
 
     return planner.plan_program(
         "update",
         jax.jit(update, donate_argnums=0),
-        (shapes.state, _batch(shapes)),
+        (shapes.state, shapes.minibatch()),
         topology=shapes.topology,
         mesh=shapes.mesh,
-        resident_bytes=_bytes(shapes.reference),
+        resident_bytes=bytes_of(shapes.reference),
         calls=batch_plan(config).updates_per_step,
         quick=quick,
     )
-
-
-# --- shapes ---------------------------------------------------------------------------------------
-
-
-def _sampler(shapes: Shapes, max_tokens: int) -> samplers.Sampler:
-    # Which token stops changes a constant of the program, and the checkpoint is not here.
-    rollout = shapes.config.rollout
-    return samplers.Decoder(rollout.samples, max_tokens, (0,), rollout.temperature)
-
-
-def _pass_prompts(shapes: Shapes) -> int:
-    shards = sharding.row_shards(shapes.sampling_mesh)
-    return -(-batch_plan(shapes.config).prompts_per_pass // shards) * shards
-
-
-def _micro_rows(shapes: Shapes) -> int:
-    """Rows of a device in a backward pass."""
-    shards = sharding.row_shards(shapes.mesh)
-    return batch_plan(shapes.config, row_shards=shards).micro_batch_sequences_per_device
-
-
-def _buffer(shapes: Shapes, micro: int) -> int:
-    """Trained tokens of a micro-batch if no completion stops before its time."""
-    return micro * sharding.row_shards(shapes.mesh) * shapes.config.rollout.max_tokens
-
-
-def _rows(x: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """The shape with its rows over the mesh, after padding them to it."""
-    shards = sharding.row_shards(mesh)
-    shape = (-(-x.shape[0] // shards) * shards, *x.shape[1:])
-    return jax.ShapeDtypeStruct(
-        shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(sharding.ROWS))
-    )
-
-
-def _prompts(config: Config, count: int, mesh: Mesh) -> eqrl.Prompts:
-    width = config.data.max_prompt_tokens
-    prompts = eqx.filter_eval_shape(eqrl.pad_prompts, [[0] * width], [0], step=1)
-    widen = lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)  # noqa: E731
-    return jax.tree.map(lambda x: _rows(widen(x), mesh), prompts)
-
-
-def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-
-
-def _required(shapes: Shapes) -> frozenset[str]:
-    """What the trainer's own forward passes give before the update."""
-    several = batch_plan(shapes.config).updates_per_step > 1
-    required = set(shapes.algorithm.requires) | ({"old_logprobs"} if several else set())
-    if shapes.config.algo.old_logprobs == "sampler":
-        required -= {"old_logprobs"}
-    known = {"old_logprobs", "old_entropy", "sum_pi_squared", "ref_logprobs", "values"}
-    return frozenset(required & known)
-
-
-def _rollout(shapes: Shapes) -> eqrl.Rollout:
-    """All sequences of a step, each as long as can be."""
-    config = shapes.config
-    sampler = _sampler(shapes, config.rollout.max_tokens)
-    rollout = eqx.filter_eval_shape(
-        lambda policy, prompts, key: sampler(policy, prompts, key=key),
-        shapes.state.policy,
-        _prompts(config, config.rollout.prompts, shapes.mesh),
-        _key(shapes.mesh),
-    )
-    rows = rollout.tokens.shape[0]
-    filled = {"rewards": jax.ShapeDtypeStruct((rows, 1), jnp.float32)}
-    for name in ("greedy_rewards", "version"):
-        kind = jnp.int32 if name == "version" else jnp.float32
-        filled[name] = jax.ShapeDtypeStruct((rows,), kind)
-    rollout = dataclasses.replace(rollout, **filled)
-    return jax.tree.map(lambda x: _rows(x, shapes.mesh), rollout)
-
-
-def _batch(shapes: Shapes) -> eqrl.Batch:
-    """One minibatch, padded to the mesh."""
-    rollout = _rollout(shapes)
-    like = rollout.logprobs
-    filled = {name: like for name in _required(shapes)}
-    rollout = dataclasses.replace(rollout, **filled)
-    batch, _ = eqx.filter_eval_shape(shapes.algorithm.assign, like, shapes.state.algorithm, rollout)
-    rows = batch_plan(shapes.config).minibatch_sequences
-    cut = lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)  # noqa: E731
-    return jax.tree.map(lambda x: _rows(cut(x), shapes.mesh), batch)
-
-
-def _cut(shapes: Shapes, mesh: Mesh):
-    return sharding.shardings(shapes.state.policy, mesh, shapes.architecture)
-
-
-def _bytes(tree: Any) -> int:
-    """On one device."""
-    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -384,11 +218,11 @@ def _logits(shapes: Shapes) -> str:
     """What logits of every position would take, which no program here keeps."""
     config, vocab = shapes.config, shapes.architecture.vocab_size
     width = jnp.dtype(config.dtype).itemsize
-    prompts = _pass_prompts(shapes) // sharding.row_shards(shapes.sampling_mesh)
+    prompts = shapes.pass_prompts // sharding.row_shards(shapes.sampling_mesh)
     samples = config.rollout.samples
     prefill = prompts * samples * config.data.max_prompt_tokens * vocab * width
     length = config.data.max_prompt_tokens + config.rollout.max_tokens
-    update = _micro_rows(shapes) * length * vocab * 4
+    update = shapes.micro_rows * length * vocab * 4
     return (
         f"logits of all prompt tokens of a pass ({prefill / GIB:.2f} GiB a device) and of all "
         f"tokens of a micro-batch in float32 ({update / GIB:.2f} GiB)"
@@ -402,7 +236,7 @@ def _advice(shapes: Shapes, programs: list[planner.ProgramPlan]) -> str:
         if not program.fits and program.name != "update":
             lines.append(f"{program.name} does not fit: {_knob(shapes, program)}")
     update = programs[-1]
-    asked = _micro_rows(shapes)
+    asked = shapes.micro_rows
     rows = batch_plan(shapes.config).minibatch_sequences
     high = -(-rows // sharding.row_shards(shapes.mesh))
 
@@ -429,9 +263,9 @@ def _knob(shapes: Shapes, program: planner.ProgramPlan) -> str:
     """What to change, in the order in which it costs."""
     config = shapes.config
     if program.name in ("prefill", "decode"):
-        per_row = (program.temporary_bytes + program.output_bytes) / max(_pass_prompts(shapes), 1)
+        per_row = (program.temporary_bytes + program.output_bytes) / max(shapes.pass_prompts, 1)
         room = program.capacity - program.argument_bytes - program.resident_bytes
-        if room > 0 and _pass_prompts(shapes) > sharding.row_shards(shapes.sampling_mesh):
+        if room > 0 and shapes.pass_prompts > sharding.row_shards(shapes.sampling_mesh):
             prompts = max(int(room / max(per_row, 1)), 1)
             passes = -(-config.rollout.prompts // prompts)
             return f"try --rollout.passes {max(passes, batch_plan(config).rollout_passes + 1)}"

@@ -1,5 +1,6 @@
 """Eight devices in one process give the numbers of one, and hold an eighth each."""
 
+import collections
 import contextlib
 import dataclasses
 import re
@@ -210,3 +211,73 @@ def test_weights_are_gathered_layer_by_layer():
     ) in gathered, "no layer's weights are gathered"
     whole = [shape for shape in gathered if len(shape) == 3 and shape[0] == facts.num_layers]
     assert not whole, f"whole stacks are gathered: {whole}"
+
+
+# --- what is sent ---------------------------------------------------------------------------------
+
+
+def planned(function, args, mesh, **options):
+    """The program's memory and exchanges, compiled for the eight devices and not run."""
+    return sharding.plan.plan_program(
+        "program", function, args, topology=sharding.plan.here(), mesh=mesh, **options
+    )
+
+
+def over_rows(tree, mesh):
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.ROWS))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+
+def sampled_shapes(decoder, policy, prompts: int):
+    """Prompts and their completions, as shapes."""
+    some = eqx.filter_eval_shape(eqrl.pad_prompts, [[1] * 5] * prompts, [*range(prompts)], step=1)
+    run = lambda policy, prompts: decoder(policy, prompts, key=jax.random.key(0))  # noqa: E731
+    return some, eqx.filter_eval_shape(run, policy, some)
+
+
+def test_an_update_gathers_each_layer_twice_a_micro_batch():
+    """Forward and backward, one layer's arrays at a time; and the embedding, but no stack."""
+    facts = architecture(num_layers=3, tied=True, qk_norm=False)
+    mesh, parts = sharding.make_mesh("fsdp=8"), 2
+    algorithm, optimizer = algorithms.dr_grpo(max_tokens=4), optax.sgd(0.1)
+    policy = models.abstract(facts)
+    state = eqx.filter_eval_shape(lambda p: eqrl.init(p, algorithm, optimizer), policy)
+    _, rollout = sampled_shapes(samplers.Decoder(2, 4, (0,)), policy, prompts=8)
+    batch, _ = eqx.filter_eval_shape(algorithm.assign, rollout.logprobs, state.algorithm, rollout)
+
+    def update(state, batch):
+        return eqrl.update(
+            state, batch, algorithm, optimizer,
+            micro_batch=16 // parts, buffer=32, implementation=logprobs.over_mesh(mesh),
+        )  # fmt: skip
+
+    args = sharding.abstract(state, mesh, facts), over_rows(batch, mesh)
+    plan = planned(jax.jit(update, donate_argnums=0), args, mesh)
+    gathered = collections.Counter()
+    for exchange in plan.collectives:
+        if exchange.kind == "all-gather":
+            gathered[exchange.bytes] += exchange.count
+    expected = collections.Counter()
+    for x in jax.tree.leaves(policy.layers):
+        if x.ndim == 3:
+            expected[4 * x.size // facts.num_layers] += facts.num_layers * parts * 2
+    embedding = 4 * policy.embedding.size
+    assert gathered.pop(embedding) >= 1
+    assert gathered == expected
+
+
+def test_keys_and_values_are_cut_by_rows_and_heads():
+    facts = architecture(num_layers=2, tied=True)
+    mesh = sharding.make_mesh("data=4,tensor=2")
+    policy = sharding.abstract(models.abstract(facts), mesh, facts)
+    decoder = samplers.Decoder(2, 32, (0,))
+    prompts, _ = sampled_shapes(decoder, policy, prompts=8)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    run = jax.jit(lambda policy, prompts, key: decoder(policy, prompts, key=key))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = str(run.lower(policy, over_rows(prompts, mesh), key).compile().as_text())
+    rows, heads = 16 // 4, facts.num_kv_heads // 2
+    assert f"f32[{rows},{heads},32,{facts.head_dim}]" in text
+    assert f",{facts.num_kv_heads},32,{facts.head_dim}]" not in text

@@ -1,6 +1,7 @@
 """The whole loop, tiny: every algorithm runs, faults cost little, and nothing is lost."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -71,15 +72,16 @@ def test_passes_change_no_completion(passes, mesh):
     prompts = eqrl.pad_prompts([[3, 4], [5], [6, 7, 8], [9, 9], [10]], range(5), step=4)
     words = ["--rollout.prompts", "5", "--rollout.samples", "2", "--rollout.passes"]
     decoder = samplers.Decoder(2, 6, (0, 1), 1.0)
+    where = None if mesh is None else sharding.make_mesh(mesh)
     run = types.SimpleNamespace(
-        config=parse([*words, passes]),
-        sampler=decoder,
-        meshes=Meshes(*[None if mesh is None else sharding.make_mesh(mesh)] * 2),
+        config=parse([*words, passes]), sampler=decoder, meshes=Meshes(where, where)
     )
     got = _in_passes(run, policy, prompts, jax.random.key(3))  # pyright: ignore[reportArgumentType]
-    jax.tree.map(
-        np.testing.assert_array_equal, got, decoder(policy, prompts, key=jax.random.key(3))
-    )
+    want = decoder(policy, prompts, key=jax.random.key(3))
+    # Log-probs of another batch size may round otherwise.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, got, want)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
 def test_a_mesh_changes_no_number(tmp_path):

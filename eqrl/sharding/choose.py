@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from ..models import Architecture, Transformer
-from .mesh import make_mesh, row_shards
+from .mesh import make_mesh
 from .place import shardings
 
 
@@ -64,9 +64,10 @@ def mesh_choices(
     one device in a step, with $P$ parameters of $b$ bytes, $L$ layers of width $d$, $n$ tokens in
     its updates and $m$ micro-batches, on axes of $D$, $F$ and $T$ devices:
 
-    - `fsdp`: the weights gathered for a forward and a backward pass, and gradients summed, for each
-      micro-batch: $3 m \, bP/T \cdot (F-1)/F$; and once more for the rollout;
-    - `data`: gradients summed: $2 m \, bP/(FT) \cdot (D-1)/D$;
+    - `fsdp`: the weights gathered forward, backward and to recompute, and gradients summed in
+      float32, for each micro-batch: $m (3b + 4) P/T \cdot (F-1)/F$; and $bP/T$ once more for the
+      rollout;
+    - `data`: gradients summed: $2 m \cdot 4P/(FT) \cdot (D-1)/D$;
     - `tensor`: the residual stream summed twice a layer, forward and backward:
       $4 L \cdot 2 n d b/(DF) \cdot (T-1)/T$.
 
@@ -85,17 +86,24 @@ def mesh_choices(
     """
     devices = jax.devices() if devices is None else list(devices)
     width = jnp.dtype(policy.embedding.dtype).itemsize
-    found = []
-    for axes, sizes in _candidates(len(devices), policy.architecture, _per_host(devices)):
+
+    def choice(axes: str, sizes: tuple[int, int, int]) -> MeshChoice:
         mesh = make_mesh(axes, devices)
-        if row_units and row_shards(mesh) > max(row_units):
-            continue
         # A gradient is summed in float32, cut like the weights.
         held = _held(state, mesh, policy.architecture)
         held += _held(policy, mesh, policy.architecture, itemsize=4)
         sent = _sent(policy, sizes, width, update_tokens, micro_batches)
         fits = capacity is None or held <= _SHARE * capacity
-        found.append(MeshChoice(axes, mesh, held, sent, fits, capacity))
+        return MeshChoice(axes, mesh, held, sent, fits, capacity)
+
+    candidates = _candidates(len(devices), policy.architecture, _per_host(devices))
+    found = [
+        choice(axes, sizes)
+        for axes, sizes in candidates
+        if not row_units or sizes[0] * sizes[1] <= max(row_units)
+    ]
+    if not found:  # more devices than rows: somebody must compute on padding
+        found = [choice(f"fsdp={len(devices)}", (1, len(devices), 1))]
 
     def badness(choice: MeshChoice):
         if not choice.fits:
@@ -103,14 +111,7 @@ def mesh_choices(
         # Of two that send the same, the one that holds less.
         return False, choice.mesh.shape["tensor"], choice.sent_bytes, choice.state_bytes
 
-    return sorted(found, key=badness) or [_only(policy, state, devices, capacity)]
-
-
-def _only(policy, state, devices, capacity) -> MeshChoice:
-    """When there are more devices than rows, somebody must compute on padding."""
-    axes = f"fsdp={len(devices)}"
-    mesh = make_mesh(axes, devices)
-    return MeshChoice(axes, mesh, _held(state, mesh, policy.architecture), 0, True, capacity)
+    return sorted(found, key=badness)
 
 
 def _candidates(
@@ -145,9 +146,10 @@ def _held(tree, mesh, facts, itemsize: int | None = None) -> int:
 def _sent(policy, sizes, width: int, tokens: int, micro_batches: int) -> int:
     data, fsdp, tensor = sizes
     facts = policy.architecture
-    weights = width * sum(math.prod(x.shape) for x in jax.tree.leaves(policy))
-    gathered = (3 * micro_batches + 1) * weights / tensor * (fsdp - 1) / fsdp
-    summed = 2 * micro_batches * weights / (fsdp * tensor) * (data - 1) / data
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(policy))
+    per_weight = micro_batches * (3 * width + 4) + width
+    gathered = per_weight * size / tensor * (fsdp - 1) / fsdp
+    summed = 2 * micro_batches * 4 * size / (fsdp * tensor) * (data - 1) / data
     residual = tokens * facts.width * width / (data * fsdp)
     crossed = 4 * facts.num_layers * 2 * residual * (tensor - 1) / tensor
     return int(gathered + summed + crossed)

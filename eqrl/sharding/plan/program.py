@@ -201,7 +201,7 @@ def needed_bytes(message: str) -> int | None:
 
 @contextlib.contextmanager
 def _trying_less() -> Iterator[None]:
-    before = jax.config.jax_optimization_level
+    before = jax.config.values["jax_optimization_level"]
     jax.config.update("jax_optimization_level", "O1")
     try:
         yield
