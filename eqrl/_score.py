@@ -61,14 +61,29 @@ def score(
     return Scores(logprobs, entropy, values)
 
 
-def buffer_size(mask, parts: int, shards: int = 1) -> int:
-    """What holds the masked tokens of the fullest micro-batch: a bucket for each shard of it."""
+def buffer_size(mask, parts: int, shards: int = 1, given: int | None = None) -> int:
+    """What holds the masked tokens of the fullest micro-batch: a bucket for each shard of it.
+
+    Raises:
+        ValueError: if the number that is given is too small, or there is none where it cannot be
+            counted.
+    """
     if isinstance(mask, Tracer):
+        if given is None:
+            raise ValueError(
+                "buffer= must be given inside jit, where tokens cannot be counted: room for the "
+                "masked tokens of the fullest micro-batch"
+            )
+        return given
+    most = int(_fullest(mask, parts, shards))
+    if given is None:
+        return shards * coarse_bucket(most)
+    if given % shards or given < shards * most:
         raise ValueError(
-            "buffer= must be given inside jit, where tokens cannot be counted: how many masked "
-            "tokens the fullest micro-batch holds"
+            f"buffer={given} must be at least {shards * most}, and a multiple of the {shards} row "
+            "shards, or tokens would be lost"
         )
-    return shards * coarse_bucket(int(_fullest(mask, parts, shards)))
+    return given
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -145,8 +160,9 @@ def annotate(
         temperature: the sampling temperature.
         implementation: of `token_logprobs`.
         micro_batch: rows a forward pass; all at once by default.
-        buffer: how many masked tokens the fullest micro-batch holds, at least; counted by default,
-            which needs the mask's values: inside `jit` it must be given.
+        buffer: room for the masked tokens of the fullest micro-batch: on a mesh, row shards times
+            those of the fullest shard. Counted by default, which needs the mask's values: inside
+            `jit` it must be given, and tokens beyond it are lost.
 
     Raises:
         ValueError: if the model behind a required field is missing.
@@ -169,7 +185,7 @@ def annotate(
         temperature,
         implementation,
         parts,
-        buffer_size(padded.mask, parts, shards) if buffer is None else buffer,
+        buffer_size(padded.mask, parts, shards, buffer),
         shards,
     )
     found = {name: x[:rows] for name, x in found.items()}

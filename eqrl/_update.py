@@ -112,8 +112,9 @@ def update(
         micro_batch: rows a pass; all rows by default. Rows are padded if it does not divide them.
         temperature: the sampling temperature.
         implementation: of `token_logprobs`.
-        buffer: how many masked tokens the fullest micro-batch holds, at least; counted by default,
-            which needs the mask's values: inside `jit` it must be given.
+        buffer: room for the masked tokens of the fullest micro-batch: on a mesh, row shards times
+            those of the fullest shard. Counted by default, which needs the mask's values: inside
+            `jit` it must be given, and tokens beyond it are lost.
         remat: recompute layers in the backward pass, for less memory.
 
     Returns:
@@ -123,8 +124,7 @@ def update(
     shards = row_shards(batch.weights)
     parts, padded_rows = parts_of(rows, micro_batch, shards)
     batch = pad_batch(batch, padded_rows)
-    if buffer is None:
-        buffer = buffer_size(batch.rollout.mask, parts, shards)
+    buffer = buffer_size(batch.rollout.mask, parts, shards, buffer)
     how = _How(implementation, parts, buffer, shards, remat)
     return _update((batch, temperature, algorithm), state, optimizer, how)
 

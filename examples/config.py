@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 from build import build_algorithm, build_optimizer, schedule, warmup_updates
-from options import Config
+from options import Config, Distributed
 
 from eqrl import algorithms, sharding
 
@@ -283,6 +283,10 @@ def _check_algorithm(config: Config, algorithm: algorithms.Algorithm, critic: bo
 
 
 def _check_rest(config: Config) -> None:
+    if config.plan and config.distributed != Distributed():
+        raise ValueError(
+            "--distributed has no effect on --plan, which runs in one process; leave it out"
+        )
     if not config.rollout.temperature > 0:
         raise ValueError("--rollout.temperature 0 explores nothing; give a number above 0")
     if not all(math.isfinite(weight) for weight in config.reward.weights):

@@ -104,7 +104,7 @@ def _sample(shapes: Shapes, name: str, max_tokens: int) -> planner.ProgramPlan:
         mesh=mesh,
         resident_bytes=resident,
         while_trips=max_tokens,
-        calls=batch_plan(config).rollout_passes,
+        calls=-(-config.rollout.prompts // shapes.pass_prompts),
     )
 
 
@@ -176,6 +176,9 @@ def _heading(shapes: Shapes) -> str:
     batch = batch_plan(config, row_shards=sharding.row_shards(shapes.mesh))
     sizes = lambda mesh: ",".join(f"{n}={s}" for n, s in mesh.shape.items() if s > 1) or "1"  # noqa: E731
     own = f", weights while sampling {sizes(shapes.sampling_mesh)}" if shapes.moved else ""
+    if config.mesh is None and config.plan != "here":
+        own += " (the run needs --mesh auto for this)"
+    passes = -(-batch.prompts_per_step // shapes.pass_prompts)
     chip = topology.chip
     peaks = "no published peaks"
     if chip.bf16_flops is not None and chip.hbm_bytes_per_s is not None:
@@ -191,8 +194,8 @@ def _heading(shapes: Shapes) -> str:
         f"{shapes.meshes.why or 'mesh ' + sizes(shapes.mesh)}{own}\n"
         f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} samples of "
         f"{config.data.max_prompt_tokens} + {config.rollout.max_tokens} tokens; "
-        f"{batch.rollout_passes} rollout passes; {batch.updates_per_step} updates of "
-        f"{batch.accumulation_steps} micro-batches of "
+        f"{passes} rollout passes of {shapes.pass_prompts} prompts; "
+        f"{batch.updates_per_step} updates of {batch.accumulation_steps} micro-batches of "
         f"{batch.micro_batch_sequences_per_device} sequences a device"
         f"{', layers recomputed' if config.optim.remat else ''}"
     )
@@ -265,8 +268,9 @@ def _knob(shapes: Shapes, program: planner.ProgramPlan) -> str:
     if program.name in ("prefill", "decode"):
         per_row = (program.temporary_bytes + program.output_bytes) / max(shapes.pass_prompts, 1)
         room = program.capacity - program.argument_bytes - program.resident_bytes
-        if room > 0 and shapes.pass_prompts > sharding.row_shards(shapes.sampling_mesh):
-            prompts = max(int(room / max(per_row, 1)), 1)
+        shards = sharding.row_shards(shapes.sampling_mesh)
+        if room > 0 and shapes.pass_prompts > shards:
+            prompts = max(int(room / max(per_row, 1)) // shards, 1) * shards
             passes = -(-config.rollout.prompts // prompts)
             return f"try --rollout.passes {max(passes, batch_plan(config).rollout_passes + 1)}"
         return "cut the weights while sampling, for instance --mesh fsdp=-1/tensor=2,data=-1"

@@ -148,7 +148,8 @@ def shapes_of(config: Config, topology, architecture: models.Architecture) -> Sh
     state, reference = state_shapes(policy, algorithm, optimizer)
     devices = topology.devices
     if config.mesh is None and config.plan == "here":
-        devices = devices[:1]  # as the run would
+        # As the run would.
+        devices, config = devices[:1], dataclasses.replace(config, mesh="data=1")
     capacity = topology.chip.hbm_bytes
     meshes = choose_meshes(config, policy, (state, reference), devices, capacity)
     assert meshes.train is not None

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import signal
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -179,6 +180,23 @@ def _assert_same(config: Mapping[str, Any], *, apart: Collection[str]) -> None:
         raise ValueError(
             f"process {differs[0]} was started with other arguments than process 0{names}; give "
             "all the same, except --distributed.process-id"
+        )
+
+
+def assert_same_data(*data: Any) -> None:
+    """Refuses processes that read other data than process 0; anything that JSON can hold.
+
+    Raises:
+        ValueError: in every process.
+    """
+    if jax.process_count() == 1:
+        return
+    found = gather(np.uint32(zlib.crc32(json.dumps(data).encode())))
+    differs = np.flatnonzero(found != found[0])
+    if differs.size:
+        raise ValueError(
+            f"--data.path: process {differs[0]} reads other problems than process 0; give all the "
+            "same files"
         )
 
 

@@ -207,11 +207,10 @@ def learn(
     if config.algo.old_logprobs == "sampler":
         rollout = dataclasses.replace(rollout, old_logprobs=rollout.logprobs)
         requires -= {"old_logprobs"}
-    is_cut = config.optim.micro_batch or config.optim.micro_batch_per_device
     options = {
         "temperature": config.rollout.temperature,
         "implementation": run.implementation,
-        "micro_batch": plan(config, run.meshes.train).micro_batch_sequences if is_cut else None,
+        "micro_batch": plan(config, run.meshes.train).micro_batch_sequences,
     }
     rows, mesh = rollout.tokens.shape[0], run.meshes.train
     with run.timer("logp"):

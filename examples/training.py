@@ -11,6 +11,7 @@ import os
 import pathlib
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -59,8 +60,11 @@ def train(config: Config, build: Callable[[Any], Task]) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _cache_compilations()
     if config.plan:
-        with _one_sentence():
+        try:
             return planning.plan(config, _source(config))
+        except ValueError as error:  # 1 is the answer "does not fit"
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
     with _one_sentence():
         processes = spread.start(config)
     with sharding.together(processes), spread.only_first_prints():
@@ -118,22 +122,37 @@ def _load(
     """The model, every array straight into its place, and the meshes."""
     dtype = jnp.dtype(config.dtype)
     if config.mesh is None:
+        if jax.device_count() > 1:
+            print(f"1 of {jax.device_count()} devices is used; --mesh auto uses all")
         return models.load(_source(config), dtype=dtype), Meshes()
     found = []
 
     def place(model: models.Transformer):
         state = state_shapes(model, algorithm, optimizer)
-        capacity = sharding.plan.here().chip.hbm_bytes
+        # Memory as process 0 sees it: all must choose alike.
+        capacity = spread.from_first(lambda: sharding.plan.here().chip.hbm_bytes)
         meshes = choose_meshes(config, model, state, jax.devices(), capacity)
         plan(config, meshes.train)  # contradictions are refused before a weight is read
         found.append(meshes)
+        _say(config, meshes)
         assert meshes.train is not None
         return sharding.shardings(model, meshes.train, model.architecture)
 
-    loaded = models.load(_source(config), dtype=dtype, place=place)
-    if found[0].why:
-        print(found[0].why)
-    return loaded, found[0]
+    return models.load(_source(config), dtype=dtype, place=place), found[0]
+
+
+def _say(config: Config, meshes: Meshes) -> None:
+    """Why this mesh, and what it makes of a pass."""
+    if meshes.why:
+        print(meshes.why)
+    batch, cut = plan(config, meshes.sample), spread.shards(meshes.sample)
+    size = spread.padded(batch.prompts_per_pass, meshes.sample)
+    if size != batch.prompts_per_pass:
+        print(
+            f"{batch.prompts_per_pass} prompts a pass are padded to {size}, for the completions of "
+            f"a prompt stay on one of {cut} row shards: {size * batch.samples_per_prompt // cut} "
+            "sequences a device"
+        )
 
 
 def _prepare(
@@ -162,6 +181,7 @@ def _prepare(
         evaluation.encode(records, tokenizer, system or None, config.data.max_prompt_tokens)
         for records in (task.train[: config.data.limit or None], task.held_out)
     )
+    spread.assert_same_data(train.tokens, held_out.tokens)
     assert config.rollout.samples is not None and config.rollout.max_tokens is not None
     run = Run(
         config=config,
@@ -219,13 +239,16 @@ def _begin(run: Run, policy: models.Transformer, resume: Resume | None):
             critic = models.ValueModel.init(policy)
         return eqrl.init(policy, run.algorithm, run.optimizer, critic=critic)
 
-    mesh = run.meshes.train
-    state = make() if mesh is None else sharding.create(make, mesh, policy.architecture)
+    mesh, facts = run.meshes.train, policy.architecture
     stream = data.PromptStream(len(run.prompts.records), run.config.seed)
     counters = {"prompts_seen": 0, "tokens_seen": 0}
     if resume is None:
+        state = make() if mesh is None else sharding.create(make, mesh, facts)
         return state, stream, counters
-    arrays, static = eqx.partition(state, eqx.is_array)
+    # Restored into shapes: a second state would not fit beside it.
+    one = sharding.make_mesh("data=1", jax.devices()[:1])
+    target = sharding.abstract(eqx.filter_eval_shape(make), mesh or one, facts)
+    arrays, static = eqx.partition(target, lambda x: isinstance(x, jax.ShapeDtypeStruct))
     with Checkpoints(resume.folder) as checkpoints:
         arrays, extra = checkpoints.restore(arrays, resume.step)
     for name, value in _identity(run).items():

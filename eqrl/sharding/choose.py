@@ -119,7 +119,7 @@ def _candidates(
 ) -> Iterator[tuple[str, tuple[int, int, int]]]:
     """Axes whose sizes multiply to `count`; `tensor` within a host, and between heads."""
     for tensor in (t for t in range(1, count + 1) if count % t == 0):
-        if tensor > per_host or facts.num_kv_heads % tensor or facts.ff_width % tensor:
+        if per_host % tensor or facts.num_kv_heads % tensor or facts.ff_width % tensor:
             continue
         rest = count // tensor
         for fsdp in (f for f in range(1, rest + 1) if rest % f == 0):

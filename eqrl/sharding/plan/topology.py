@@ -89,9 +89,11 @@ def here() -> Topology:
     if devices[0].platform != "cpu" and matching:
         # "TPU v5" is the beginning of "TPU v5 lite".
         chip = max(matching, key=lambda chip: len(chip.device_kind))
+        own = _own_memory(jax.local_devices()[0]) or chip.hbm_bytes
+        chip = dataclasses.replace(chip, hbm_bytes=min(own, chip.hbm_bytes))
         return Topology("here", chip, devices, hosts, chip.link_bytes_per_s)
     local = jax.local_device_count()
-    capacity = _own_memory(devices[0]) or _physical_memory() // local
+    capacity = _own_memory(jax.local_devices()[0]) or _physical_memory() // local
     chip = Chip(
         kind, kind, devices[0].platform, capacity, None, None, None, 1, None, "this machine"
     )
