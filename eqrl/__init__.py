@@ -135,7 +135,7 @@ from ._parse import parse as parse
 # Prompts.
 from ._prompts import Prompts as Prompts, pad_prompts as pad_prompts
 from ._refill import refill as refill
-from ._score import annotate as annotate, score as score
+from ._score import ANNOTATED as ANNOTATED, annotate as annotate, score as score
 
 # Selection.
 from ._select import (

@@ -197,6 +197,7 @@ def annotate(
     )
 
 
+# Which model gives each of the fields.
 _GIVEN_BY = {
     "old_logprobs": "policy",
     "old_entropy": "policy",
@@ -204,6 +205,9 @@ _GIVEN_BY = {
     "ref_logprobs": "reference",
     "values": "critic",
 }
+
+# What `annotate` can fill.
+ANNOTATED = frozenset(_GIVEN_BY)
 
 
 @eqx.filter_jit

@@ -32,6 +32,7 @@ __all__ = [
     "derived",
     "describe",
     "parse",
+    "required",
     "resolve",
     "schedule",
 ]
@@ -405,9 +406,19 @@ def describe(
     algorithm = build_algorithm(config)
     numbers = derived(config, dataset_size, row_shards=row_shards, processes=processes)
     tree["derived"] = numbers | {"algorithm": _print(algorithm)}
-    several = {"old_logprobs"} if numbers["updates_per_step"] > 1 else set()
-    tree["derived"]["requires"] = sorted(algorithm.requires | several)
+    tree["derived"]["requires"] = sorted(required(config, algorithm))
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=100)
+
+
+def required(config: Config, algorithm: algorithms.Algorithm) -> frozenset[str]:
+    """What a rollout has to carry: what the algorithm reads, and what several updates do."""
+    several = (
+        {"old_logprobs"}
+        if (config.algo.epochs or 1) * (config.algo.minibatches or 1) > 1
+        else set()
+    )
+    given = {"old_logprobs"} if config.algo.old_logprobs == "sampler" else set()
+    return frozenset(algorithm.requires | several) - given
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,7 +1,6 @@
 """Which mesh trains, which mesh samples, and which log-probs fit them."""
 
 import contextlib
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -169,19 +168,14 @@ def _sampling_mesh(mesh: Mesh, policy: models.Transformer, state, capacity: int 
     if mesh.shape["fsdp"] == 1:
         return mesh
     devices = list(mesh.devices.flat)
-    held = bytes_held(state, mesh, policy.architecture)
+    on = lambda tree, mesh: sharding.device_bytes(  # noqa: E731
+        sharding.abstract(tree, mesh, policy.architecture)
+    )
+    held = on(state, mesh)
     tensor = mesh.shape["tensor"]
     while len(devices) % tensor == 0 and policy.architecture.num_kv_heads % tensor == 0:
         found = sharding.make_mesh(f"data=-1,tensor={tensor}", devices)
-        copy = bytes_held(policy, found, policy.architecture)
-        if capacity is None or held + copy <= SHARE * capacity:
+        if capacity is None or held + on(policy, found) <= SHARE * capacity:
             return found
         tensor *= 2
     return mesh
-
-
-def bytes_held(tree: Any, mesh: Mesh, architecture: models.Architecture) -> int:
-    """Bytes of one device, for a model or a state on a mesh."""
-    shapes = jax.tree.leaves(sharding.abstract(tree, mesh, architecture))
-    shapes = [x for x in shapes if isinstance(x, jax.ShapeDtypeStruct)]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in shapes)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from config import Config, batch_plan
 from layout import implementation_for
-from shapes import Shapes, bytes_of, key_on, shapes_of
+from shapes import Shapes, key_on, shapes_of
 
 import eqrl
 from eqrl import models, sharding
@@ -79,7 +79,7 @@ def _gather(shapes: Shapes) -> planner.ProgramPlan:
             (x,),
             topology=shapes.topology,
             mesh=shapes.mesh,
-            resident_bytes=held - bytes_of(x),
+            resident_bytes=held - sharding.device_bytes(x),
         )
         for x, where in zip(leaves, into, strict=True)
     ]
@@ -93,7 +93,7 @@ def _sample(shapes: Shapes, name: str, max_tokens: int) -> planner.ProgramPlan:
     if shapes.moved:
         policy = sharding.abstract(policy, mesh, shapes.architecture)
     else:
-        resident -= bytes_of(policy)
+        resident -= sharding.device_bytes(policy)
     sampler = shapes.sampler(max_tokens)
     prompts = shapes.prompts(shapes.pass_prompts, mesh)
     return planner.plan_program(
@@ -134,7 +134,7 @@ def _annotate(shapes: Shapes) -> planner.ProgramPlan:
         (*own, rollout),
         topology=shapes.topology,
         mesh=shapes.mesh,
-        resident_bytes=shapes.held - bytes_of(own),
+        resident_bytes=shapes.held - sharding.device_bytes(own),
     )
 
 
@@ -162,7 +162,7 @@ def _update(shapes: Shapes, micro: int, *, quick: bool = False) -> planner.Progr
         (shapes.state, shapes.minibatch()),
         topology=shapes.topology,
         mesh=shapes.mesh,
-        resident_bytes=bytes_of(shapes.reference),
+        resident_bytes=sharding.device_bytes(shapes.reference),
         calls=batch_plan(config).updates_per_step,
         quick=quick,
     )

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from config import Config, batch_plan, build_algorithm, build_optimizer, derived
+from config import Config, batch_plan, build_algorithm, build_optimizer, derived, required
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from layout import Meshes, choose_meshes, state_shapes
@@ -17,10 +16,6 @@ from layout import Meshes, choose_meshes, state_shapes
 import eqrl
 from eqrl import models, samplers, sharding
 from eqrl.sharding import plan as planner
-
-
-# What `eqrl.annotate` gives.
-ANNOTATED = {"old_logprobs", "old_entropy", "sum_pi_squared", "ref_logprobs", "values"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +62,7 @@ class Shapes:
     @property
     def held(self) -> int:
         """Bytes on one device that stay from step to step."""
-        return bytes_of(self.state) + bytes_of(self.reference)
+        return sharding.device_bytes((self.state, self.reference))
 
     @property
     def pass_prompts(self) -> int:
@@ -84,11 +79,7 @@ class Shapes:
     @property
     def required(self) -> frozenset[str]:
         """What the trainer's own forward passes give before the update."""
-        several = batch_plan(self.config).updates_per_step > 1
-        required = set(self.algorithm.requires) | ({"old_logprobs"} if several else set())
-        if self.config.algo.old_logprobs == "sampler":
-            required -= {"old_logprobs"}
-        return frozenset(required & ANNOTATED)
+        return required(self.config, self.algorithm) & eqrl.ANNOTATED
 
     def buffer(self, micro: int) -> int:
         """Trained tokens of a micro-batch if no completion stops before its time."""
@@ -170,12 +161,6 @@ def key_on(mesh: Mesh) -> jax.ShapeDtypeStruct:
     """A random key, the same on every device."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-
-
-def bytes_of(tree: Any) -> int:
-    """Bytes of shapes on one device."""
-    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _over_rows(tree: Any, mesh: Mesh, count: int | None = None) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from config import Config, batch_plan, derived, schedule
+from config import Config, batch_plan, derived, required, schedule
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from layout import Meshes, from_sampling, key_to_sample, set_mesh, to_sample
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     console: tracking.Console
 
 
-def plan(config: Config, mesh: Mesh | None) -> sharding.BatchPlan:
+def batch_on(config: Config, mesh: Mesh | None) -> sharding.BatchPlan:
     """The numbers of a step's batch on the mesh and all processes."""
     return batch_plan(config, row_shards=shards(mesh), processes=jax.process_count())
 
@@ -203,20 +203,18 @@ def learn(
     total = rewards.weighted(np.asarray(rollout.rewards), [w for w in run.weights if w != 0])
     metrics = {}
     count, epochs = config.algo.minibatches or 1, config.algo.epochs or 1
-    requires = algorithm.requires | ({"old_logprobs"} if count * epochs > 1 else set())
     if config.algo.old_logprobs == "sampler":
         rollout = dataclasses.replace(rollout, old_logprobs=rollout.logprobs)
-        requires -= {"old_logprobs"}
     options = {
         "temperature": config.rollout.temperature,
         "implementation": run.implementation,
-        "micro_batch": plan(config, run.meshes.train).micro_batch_sequences,
+        "micro_batch": batch_on(config, run.meshes.train).micro_batch_sequences,
     }
     rows, mesh = rollout.tokens.shape[0], run.meshes.train
     with run.timer("logp"):
         annotated = eqrl.annotate(
             spread(eqrl.pad_rows(eqrl.compact(rollout), padded(rows, mesh)), mesh),
-            frozenset(requires),
+            required(config, algorithm),
             policy=state.policy,
             reference=run.reference,
             critic=state.critic,

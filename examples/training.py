@@ -33,7 +33,7 @@ from layout import (
     state_shapes,
     stated_mesh,
 )
-from stepping import Run, collect, learn, plan
+from stepping import Run, batch_on, collect, learn
 from task import Task
 
 import eqrl
@@ -132,7 +132,7 @@ def _load(
         # Memory as process 0 sees it: all must choose alike.
         capacity = spread.from_first(lambda: sharding.plan.here().chip.hbm_bytes)
         meshes = choose_meshes(config, model, state, jax.devices(), capacity)
-        plan(config, meshes.train)  # contradictions are refused before a weight is read
+        batch_on(config, meshes.train)  # contradictions are refused before a weight is read
         found.append(meshes)
         _say(config, meshes)
         assert meshes.train is not None
@@ -145,7 +145,7 @@ def _say(config: Config, meshes: Meshes) -> None:
     """Why this mesh, and what it makes of a pass."""
     if meshes.why:
         print(meshes.why)
-    batch, cut = plan(config, meshes.sample), spread.shards(meshes.sample)
+    batch, cut = batch_on(config, meshes.sample), spread.shards(meshes.sample)
     size = spread.padded(batch.prompts_per_pass, meshes.sample)
     if size != batch.prompts_per_pass:
         print(
@@ -160,7 +160,7 @@ def _prepare(
 ) -> tuple[Run, models.Transformer]:
     """What stays, and the policy to start from."""
     # What contradicts itself or cannot run here is refused before anything is loaded.
-    plan(config, stated_mesh(config))
+    batch_on(config, stated_mesh(config))
     implementation_for(config, None, jax.default_backend())
     data.assert_disjoint(
         (record.get("key", record["question"]) for record in task.train),

@@ -113,7 +113,12 @@ def test_memory_has_no_token_times_vocab_term():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_ragged_sizes_and_a_soft_cap(dtype):
     mesh = _devices("H200", (1, 1, 1))
-    _compile(pallas_triton, mesh, 1001, 100, dtype, vocab=32_001, temperature=0.7, soft_cap=30.0)
+    temporary, text = _compile(
+        pallas_triton, mesh, 1001, 100, dtype, vocab=32_001, temperature=0.7, soft_cap=30.0
+    )
+    # Both kernels are in the program, and the logits are not.
+    assert text.count("__gpu$xla.gpu.triton") >= 2
+    assert temporary < 0.5 * 4 * 1001 * 32_001
 
 
 def test_over_eight_devices():

@@ -20,7 +20,7 @@ from eqrl._logprobs.pallas.mosaic_tpu import choose_tiles
 from eqrl._prompts import Prompts
 from eqrl._score import score
 from eqrl._types import Rollout
-from eqrl.models import Architecture, Transformer
+from eqrl.models import Architecture
 from eqrl.sharding import plan
 from eqrl.sharding.plan import collectives, hlo, program, trips
 from eqrl.sharding.plan.topology import _physical_memory
@@ -191,7 +191,7 @@ LAYER = FACTS.width * (2 * ATTENTION + 2 * FACTS.num_kv_heads * FACTS.head_dim +
 
 
 def model_shapes():
-    return eqx.filter_eval_shape(Transformer.init, FACTS, key=jax.random.key(0))
+    return models.abstract(FACTS)
 
 
 def tokens_shape(rows, time):

@@ -11,7 +11,7 @@ import jax
 import planning
 import pytest
 from config import parse
-from shapes import bytes_of, shapes_of
+from shapes import shapes_of
 from training import train
 
 import eqrl
@@ -151,7 +151,7 @@ def asked(monkeypatch, request):
         kept = {k: options[k] for k in ("calls", "resident_bytes") if k in options}
         return _program(
             name,
-            argument_bytes=bytes_of(args) if weighed else 0,
+            argument_bytes=sharding.device_bytes(args) if weighed else 0,
             temporary_bytes=100 * max(micro, 0),
             capacity=topology.chip.hbm_bytes,
             **kept,

@@ -9,6 +9,7 @@ from .create import create as create
 from .mesh import AXES as AXES, make_mesh as make_mesh, row_shards as row_shards
 from .place import (
     abstract as abstract,
+    device_bytes as device_bytes,
     partition_spec as partition_spec,
     place as place,
     place_rows as place_rows,

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from ..models import Architecture, Transformer
 from .mesh import make_mesh
-from .place import shardings
+from .place import abstract, device_bytes
 
 
 # Of a device's memory, what the training state may take; activations, caches and the runtime want
@@ -86,12 +86,12 @@ def mesh_choices(
     """
     devices = jax.devices() if devices is None else list(devices)
     width = jnp.dtype(policy.embedding.dtype).itemsize
+    # Summed in float32, and cut like the weights.
+    gradient = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), policy)
 
     def choice(axes: str, sizes: tuple[int, int, int]) -> MeshChoice:
         mesh = make_mesh(axes, devices)
-        # A gradient is summed in float32, cut like the weights.
-        held = _held(state, mesh, policy.architecture)
-        held += _held(policy, mesh, policy.architecture, itemsize=4)
+        held = device_bytes(abstract((state, gradient), mesh, policy.architecture))
         sent = _sent(policy, sizes, width, update_tokens, micro_batches)
         fits = capacity is None or held <= _SHARE * capacity
         return MeshChoice(axes, mesh, held, sent, fits, capacity)
@@ -131,16 +131,6 @@ def _candidates(
 def _per_host(devices) -> int:
     hosts = {device.process_index for device in devices}
     return max(len(devices) // len(hosts), 1)
-
-
-def _held(tree, mesh, facts, itemsize: int | None = None) -> int:
-    """Bytes of a tree on one device."""
-    cut = jax.tree.leaves(shardings(tree, mesh, facts))
-    arrays = [x for x in jax.tree.leaves(tree) if hasattr(x, "shape")]
-    return sum(
-        math.prod(s.shard_shape(x.shape)) * (itemsize or jnp.dtype(x.dtype).itemsize)
-        for x, s in zip(arrays, cut, strict=True)
-    )
 
 
 def _sent(policy, sizes, width: int, tokens: int, micro_batches: int) -> int:

@@ -1,5 +1,6 @@
 """Arrays onto a mesh: parameters by the table of their family, batches by rows."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -92,6 +93,12 @@ def abstract(tree: Tree, mesh: Mesh, architecture: Architecture) -> Tree:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def device_bytes(tree: PyTree) -> int:
+    """Bytes of a tree from `abstract` on one device; what is no `jax.ShapeDtypeStruct` counts 0."""
+    shapes = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in shapes)
 
 
 def _has_shape(x: Any) -> bool:

@@ -2,16 +2,15 @@
 
 import contextlib
 import dataclasses
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ..place import device_bytes
 from .collectives import Collective
 from .flops import count_flops
 from .roofline import Seconds, roofline
@@ -240,20 +239,11 @@ def _trace(function, args: tuple) -> Any:
 
 def _refused(facts: dict[str, Any], args: tuple, needed: int) -> ProgramPlan:
     """The plan of a program that was not compiled: its arguments, and all else as temporaries."""
-    leaves = [x for x in jax.tree.leaves(args) if isinstance(x, jax.ShapeDtypeStruct)]
-    given = sum(_bytes_of(x) for x in leaves)
+    given = device_bytes(args)
     return ProgramPlan(
         **facts, argument_bytes=given, output_bytes=0, alias_bytes=0, code_bytes=0,
         temporary_bytes=max(needed - given, 0),
     )  # fmt: skip
-
-
-def _bytes_of(x: jax.ShapeDtypeStruct) -> int:
-    assert x.sharding is not None
-    count = math.prod(x.sharding.shard_shape(x.shape))
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return count * 8
-    return count * x.dtype.itemsize
 
 
 # --- text -----------------------------------------------------------------------------------------
