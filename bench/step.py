@@ -75,9 +75,9 @@ def main() -> None:
     print(f"float32 matrix product: {peak:.0f} GFLOP/s")
 
     never = (loaded.architecture.vocab_size + 1,)
-    wide = samplers.Decoder(4, options.tokens, never)
+    decode, wide = samplers.Decoder(), samplers.Sampling(4, options.tokens, never)
     batch = prompts_of(loaded, 8)
-    seconds = median_of(lambda: wide(loaded.model, batch, key=jr.key(0)), options.repeat)
+    seconds = median_of(lambda: decode(loaded.model, batch, wide, key=jr.key(0)), options.repeat)
     print(f"sampling 8 x 4 x {options.tokens}: {seconds:.2f} s, "
           f"{32 * options.tokens / seconds:.0f} tokens/s")  # fmt: skip
 
@@ -87,7 +87,7 @@ def main() -> None:
     generate, update = [], []
     for step in range(options.repeat + 1):
         start = time.perf_counter()
-        rollout = wide(state.policy, batch, key=jr.key(step))
+        rollout = decode(state.policy, batch, wide, key=jr.key(step))
         jax.block_until_ready(rollout)
         middle = time.perf_counter()
         rollout = eqrl.compact(rollout)

@@ -18,7 +18,14 @@ from typing import Any, TypeVar
 
 import tyro
 import yaml
-from build import build_algorithm, build_optimizer, schedule, warmup_updates
+from backends import build_backend
+from build import (
+    build_algorithm,
+    build_optimizer,
+    plugin_builders,
+    schedule,
+    warmup_updates,
+)
 from options import Config, Distributed
 
 from eqrl import algorithms, sharding
@@ -271,6 +278,11 @@ def _check_algorithm(config: Config, algorithm: algorithms.Algorithm, critic: bo
             f"--optim.critic-lr has no effect: {name} trains no critic; leave it out, or use "
             "--algo.name ppo"
         )
+    if rollout.overlap and not _corrected(config, algorithm):
+        raise ValueError(
+            f"--rollout.overlap {rollout.overlap}: completions come from an older policy, and "
+            f"nothing in {name} corrects for that; add {_correction(algorithm)}"
+        )
     if algo.max_refills is not None and algorithm.selection is None:
         raise ValueError(
             f"--algo.max-refills has no effect: {name} trains on every completion; leave it out, "
@@ -283,11 +295,29 @@ def _check_algorithm(config: Config, algorithm: algorithms.Algorithm, critic: bo
         )
 
 
+# What weighs tokens by how much likelier they are now than when they were sampled.
+_CORRECTIONS = re.compile(r"\b(tis|tis_sequence|icepop)\(")
+
+
+def _corrected(config: Config, algorithm: algorithms.Algorithm) -> bool:
+    objective = repr(algorithm.objective)
+    # Against the sampler's own log-probs, the surrogate's ratio is the whole correction.
+    from_sampler = config.algo.old_logprobs == "sampler" and "reinforce()" not in objective
+    return from_sampler or _CORRECTIONS.search(objective) is not None
+
+
+def _correction(algorithm: algorithms.Algorithm) -> str:
+    if "reinforce()" in repr(algorithm.objective):
+        return f'--algo.objective "tis(2.0) * ({algorithm.objective!r})"'
+    return "--algo.old-logprobs sampler"
+
+
 def _check_rest(config: Config) -> None:
     if config.plan and config.distributed != Distributed():
         raise ValueError(
             "--distributed has no effect on --plan, which runs in one process; leave it out"
         )
+    build_backend(config.rollout.backend, plugin_builders(config.plugins))
     if not config.rollout.temperature > 0:
         raise ValueError("--rollout.temperature 0 explores nothing; give a number above 0")
     if not all(math.isfinite(weight) for weight in config.reward.weights):

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import jax.random as jr
 import numpy as np
+from asking import ask
 from config import Config
-from layout import Meshes, key_to_sample, set_mesh, to_sample
-from spread import join, own_share, padded, spread, whole
+from layout import Meshes, to_sample
+from spread import join, own_share
 from task import Task
 
 import eqrl
@@ -52,10 +53,12 @@ class Evaluator:
         config: Config,
         weights: Sequence[float],
         meshes: Meshes,
+        sampler: samplers.Sampler,
     ):
         self._held_out, self._task, self._tokenizer = held_out, task, tokenizer
         self._config, self._weights, self._meshes = config, weights, meshes
-        self._decoder = samplers.Decoder(
+        self._sampler = sampler
+        self._sampling = samplers.Sampling(
             config.eval.samples,
             config.rollout.max_tokens or 1,
             stop_ids,
@@ -81,7 +84,7 @@ class Evaluator:
         size = len(self._held_out.records)
         chosen = range(min(count or size, size))
         tokens, mask, truncated = self._complete(policy, chosen)
-        records = [self._held_out.records[i] for i in chosen for _ in range(self._decoder.samples)]
+        records = [self._held_out.records[i] for i in chosen for _ in range(self._sampling.samples)]
         judge = functools.partial(self._judge, tokens=tokens, mask=mask, records=records)
         scored = judge(self._task.rewards)
         verdict = judge([self._task.strict, self._task.lenient]).components
@@ -108,22 +111,21 @@ class Evaluator:
 
     def _complete(self, policy: models.Transformer, chosen: Sequence[int]):
         """Tokens, mask and truncation of all completions, a constant number of rows a pass."""
-        mesh = self._meshes.sample
-        policy = to_sample(policy, self._meshes)
-        prompts = padded(max(1, _ROWS // self._decoder.samples), mesh)
+        policy = to_sample(policy, self._meshes, self._sampler)
+        tokens = [self._held_out.tokens[i] for i in chosen]
         width = max(map(len, self._held_out.tokens))
-        parts = []
-        for start in range(0, len(chosen), prompts):
-            part = list(chosen[start : start + prompts])
-            rows = part + part[-1:] * (prompts - len(part))  # one shape, one program
-            batch = eqrl.pad_prompts([self._held_out.tokens[i] for i in rows], rows, width=width)
+        asked = ask(
+            self._sampler,
+            policy,
+            eqrl.pad_prompts(tokens, list(chosen), width=width),
+            self._sampling,
             # Not the training seed: evaluation draws from a stream of its own.
-            key = key_to_sample(jr.key(self._config.seed + 2**16), self._meshes)
-            with set_mesh(mesh):
-                rollout = whole(self._decoder(policy, spread(batch, mesh), key=key), mesh)
-            found = (rollout.tokens, rollout.mask, rollout.truncated)
-            parts.append([np.asarray(x)[: len(part) * self._decoder.samples] for x in found])
-        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+            key=jr.key(self._config.seed + 2**16),
+            size=max(1, _ROWS // self._sampling.samples),
+            meshes=self._meshes,
+        )
+        rollout = asked.result()
+        return tuple(np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.truncated))
 
     def _judge(self, functions: Sequence[rewards.Reward], *, tokens, mask, records):
         """Every completion by every function; each process judges its own share."""
@@ -135,7 +137,7 @@ class Evaluator:
 
     def _keep(self, chosen: Sequence[int], tokens, mask, components) -> None:
         """The first completion of the first problems."""
-        first = slice(0, 16 * self._decoder.samples, self._decoder.samples)
+        first = slice(0, 16 * self._sampling.samples, self._sampling.samples)
         texts = data.decode_completions(tokens[first], mask[first], self._tokenizer)
         self.samples = [
             tracking.Sample(

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 
 import eqrl
-from eqrl import models, sharding
+from eqrl import models, samplers, sharding
 
 
 class Meshes(NamedTuple):
@@ -60,8 +60,12 @@ def set_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def to_sample(policy: models.Transformer, meshes: Meshes) -> models.Transformer:
+def to_sample(
+    policy: models.Transformer, meshes: Meshes, sampler: samplers.Sampler
+) -> models.Transformer:
     """The policy's weights as sampling wants them; drop them before the next update."""
+    if samplers.engine_of(sampler) is not None:  # it has its own
+        return policy
     if meshes.sample is None or meshes.sample == meshes.train:
         return policy
     return sharding.reshard(policy, meshes.sample, policy.architecture)

@@ -40,7 +40,7 @@ from word_problems import Problem, draw_many, problems, work, write
 from eqrl._prompts import pad_prompts
 from eqrl.models import Architecture, Transformer, save
 from eqrl.rewards import correct
-from eqrl.samplers import Decoder
+from eqrl.samplers import Decoder, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +143,9 @@ def fit(model: Transformer, rows, args: Args, report, every: int = 100) -> Trans
 def measure(model: Transformer, tokenizer, records, *, samples: int, temperature: float):
     """Strict and lenient correctness of `samples` completions: two arrays `[record, sample]`."""
     prompts = [prompt_ids(tokenizer, record["question"]) for record in records]
-    decoder = Decoder(samples, 40, (tokenizer.eos_token_id,), temperature)
-    rollout = decoder(model, pad_prompts(prompts, range(len(prompts))), key=jax.random.key(0))
+    batch = pad_prompts(prompts, range(len(prompts)))
+    sampling = Sampling(samples, 40, (tokenizer.eos_token_id,), temperature)
+    rollout = Decoder()(model, batch, sampling, key=jax.random.key(0))
     tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
     texts = [
         tokenizer.decode(row[keep], skip_special_tokens=True)

@@ -88,8 +88,10 @@ class Rollout:
     """calls of the sampler for a step's prompts; more need less memory"""
     temperature: Number = 1.0
     """of sampling, and of the log-probs that train"""
-    backend: Annotated[Literal["naive"], arg(metavar="B")] = "naive"
-    """naive = in-process decoder"""
+    backend: Annotated[str, arg(metavar="B")] = "naive"
+    """naive, own-process, sglang-jax or openai(url='...')"""
+    overlap: Count = 0
+    """batches sampled ahead while training; 0 = strictly on-policy"""
 
 
 # What a completion is worth.
@@ -156,9 +158,7 @@ class Track:
     wandb: Annotated[Literal["online", "offline", "disabled"], arg(metavar="MODE")] = "disabled"
     """online, offline or disabled; a missing key costs one warning"""
     project: Text = "eqrl"
-    """W&B project"""
-    name: OpenText = None
-    """W&B run name (default: the run folder's)"""
+    """W&B project, or project/run (default: the run folder's name)"""
 
 
 # Several processes; TPU pods and Slurm need none of this.

@@ -14,7 +14,7 @@ from layout import implementation_for
 from shapes import Shapes, key_on, shapes_of
 
 import eqrl
-from eqrl import models, sharding
+from eqrl import models, samplers, sharding
 from eqrl.sharding import plan as planner
 
 
@@ -94,11 +94,11 @@ def _sample(shapes: Shapes, name: str, max_tokens: int) -> planner.ProgramPlan:
         policy = sharding.abstract(policy, mesh, shapes.architecture)
     else:
         resident -= sharding.device_bytes(policy)
-    sampler = shapes.sampler(max_tokens)
+    sampler, sampling = samplers.Decoder(), shapes.sampling(max_tokens)
     prompts = shapes.prompts(shapes.pass_prompts, mesh)
     return planner.plan_program(
         name,
-        jax.jit(lambda policy, prompts, key: sampler(policy, prompts, key=key)),
+        jax.jit(lambda policy, prompts, key: sampler(policy, prompts, sampling, key=key)),
         (policy, prompts, key_on(mesh)),
         topology=shapes.topology,
         mesh=mesh,

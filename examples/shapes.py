@@ -85,10 +85,10 @@ class Shapes:
         """Trained tokens of a micro-batch if no completion stops before its time."""
         return micro * sharding.row_shards(self.mesh) * self.config.rollout.max_tokens
 
-    def sampler(self, max_tokens: int) -> samplers.Sampler:
+    def sampling(self, max_tokens: int) -> samplers.Sampling:
         """The run's, but for the stop token: a constant of the checkpoint, which is not here."""
         rollout = self.config.rollout
-        return samplers.Decoder(rollout.samples, max_tokens, (0,), rollout.temperature)
+        return samplers.Sampling(rollout.samples, max_tokens, (0,), rollout.temperature)
 
     def prompts(self, count: int, mesh: Mesh) -> eqrl.Prompts:
         """So many prompts, all of the greatest width."""
@@ -99,10 +99,10 @@ class Shapes:
 
     def rollout(self) -> eqrl.Rollout:
         """All sequences of a step, each as long as can be."""
-        sampler = self.sampler(self.config.rollout.max_tokens)
+        sampling = self.sampling(self.config.rollout.max_tokens)
 
         def make(policy, prompts, key):
-            rollout = sampler(policy, prompts, key=key)
+            rollout = samplers.Decoder()(policy, prompts, sampling, key=key)
             count = rollout.tokens.shape[0]
             return dataclasses.replace(
                 rollout,

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from asking import Ahead, Asked, Batch, ask
 from config import Config, batch_plan, derived, required, schedule
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
-from layout import Meshes, from_sampling, key_to_sample, set_mesh, to_sample
+from layout import Meshes, to_sample
 from spread import join, own_share, padded, shards, spread, whole
 from task import Task
 
@@ -38,6 +38,7 @@ class Run(NamedTuple):
     prompts: evaluation.Encoded
     held_out: evaluation.Encoded
     sampler: samplers.Sampler
+    sampling: samplers.Sampling
     weights: tuple[float, ...]
     implementation: eqrl.logprobs.LogProbs
     meshes: Meshes
@@ -51,7 +52,7 @@ def batch_on(config: Config, mesh: Mesh | None) -> sharding.BatchPlan:
 
 
 def collect(
-    run: Run, state: eqrl.TrainState, stream: data.PromptStream, step: int
+    run: Run, state: eqrl.TrainState, stream: data.PromptStream, ahead: Ahead, step: int
 ) -> tuple[eqrl.Rollout, dict[str, Any]]:
     """A rollout with rewards; with a selection, sampled anew until enough groups are alive.
 
@@ -59,24 +60,26 @@ def collect(
     """
     sampled: list[tuple[eqrl.Rollout, rewards.Scored]] = []
     baselines: list[tuple[eqrl.Rollout, rewards.Scored]] = []
-    prompts = run.config.rollout.prompts or 1
-    policy = to_sample(state.policy, run.meshes)
-    key = jr.fold_in(jr.key(run.config.seed), step)
+    prompts, now = run.config.rollout.prompts or 1, int(state.updates)
+    policy = to_sample(state.policy, run.meshes, run.sampler)
+
+    def begin(step: int, rows: list[int] | None = None, round: int = 0) -> Batch:
+        rows = list(stream.take(prompts)) if rows is None else rows
+        tokens = [run.prompts.tokens[i] for i in rows]
+        batch = eqrl.pad_prompts(tokens, _distinct(run, rows), width=_width(run))
+        key = jr.fold_in(jr.fold_in(jr.key(run.config.seed), step), round)
+        return Batch(rows, batch, _ask(run, policy, batch, run.sampling, key=key, version=now))
 
     def sample(round: int) -> eqrl.Rollout:
-        rows = stream.take(prompts)
         with run.timer("rollout"):
-            tokens = [run.prompts.tokens[i] for i in rows]
-            batch = eqrl.pad_prompts(tokens, _distinct(run, rows), width=_width(run))
-            rollout = _in_passes(run, policy, batch, jr.fold_in(key, round))
+            batch = ahead.take(step, begin) if round == 0 else begin(step, round=round)
+            rollout = batch.asked.result()
             jax.block_until_ready(rollout)
         with run.timer("reward"):
-            rollout, scored = _reward(run, rollout, rows)
-        version = jnp.full(rollout.group.shape, state.updates, jnp.int32)
-        rollout = dataclasses.replace(rollout, version=version)
+            rollout, scored = _reward(run, rollout, batch.rows)
         sampled.append((rollout, scored))
         if "greedy_rewards" in run.algorithm.requires:
-            rollout, judged = _with_greedy(run, policy, rollout, batch, rows)
+            rollout, judged = _with_greedy(run, policy, rollout, batch)
             baselines.append(judged)
         return rollout
 
@@ -86,52 +89,59 @@ def collect(
         rollout, metrics = eqrl.refill(
             sample, run.algorithm.selection, prompts, rounds=run.config.algo.max_refills
         )
-    return rollout, metrics | _described(run, sampled, baselines)
+    rollout, ages = _fresh(run, rollout, now)
+    return rollout, metrics | ages | _described(run, sampled, baselines)
 
 
-def _in_passes(
-    run: Run, policy: models.Transformer, prompts: eqrl.Prompts, key: PRNGKeyArray
-) -> eqrl.Rollout:
-    """Completions of all prompts, in as many calls of the sampler as `--rollout.passes` says.
+def _ask(
+    run: Run, policy: models.Transformer, prompts: eqrl.Prompts, sampling, *, key, version=0
+) -> Asked:
+    return ask(
+        run.sampler,
+        policy,
+        prompts,
+        sampling,
+        key=key,
+        size=batch_plan(run.config).prompts_per_pass,
+        meshes=run.meshes,
+        version=version,
+    )
 
-    A completion depends on its prompt's id and not on its neighbours, so passes change memory only.
-    """
-    mesh, key = run.meshes.sample, key_to_sample(key, run.meshes)
-    count, size = len(prompts.ids), padded(batch_plan(run.config).prompts_per_pass, mesh)
-    parts = []
-    for start in range(0, count, size):
-        # A last pass that is short repeats the last prompt: all passes are one program.
-        index = np.minimum(np.arange(start, start + size), count - 1)
-        some = spread(jax.tree.map(lambda x, i=index: x[i], prompts), mesh)
-        with set_mesh(mesh):
-            part = whole(run.sampler(policy, some, key=key), mesh)
-        part = from_sampling(part, run.meshes)
-        first = start * part.group.shape[0] // size
-        parts.append(dataclasses.replace(part, group=part.group + first))
-    joined = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    rows = count * joined.group.shape[0] // (len(parts) * size)
-    return jax.tree.map(lambda x: x[:rows], joined)
+
+def _fresh(run: Run, rollout: eqrl.Rollout, now: int) -> tuple[eqrl.Rollout, dict[str, float]]:
+    """Without what is older than `--rollout.overlap` allows; ages are counted in updates."""
+    if not run.config.rollout.overlap:
+        return rollout, {}
+    live = np.asarray(rollout.mask).any(axis=1)
+    age = np.where(live, now - np.asarray(rollout.need("version")), 0)
+    updates = batch_plan(run.config).updates_per_step
+    stale = age > run.config.rollout.overlap * updates
+    metrics = {
+        "rollout/age_mean": float(age.sum() / max(live.sum(), 1)),
+        "rollout/age_max": float(age.max()),
+        "rollout/stale_frac": float(stale.sum() / max(live.sum(), 1)),
+    }
+    return eqrl.apply(rollout, jnp.asarray(~stale)), metrics
 
 
 def _with_greedy(
     run: Run,
     policy: models.Transformer,
     rollout: eqrl.Rollout,
-    batch: eqrl.Prompts,
-    rows: Sequence[int],
+    batch: Batch,
 ) -> tuple[eqrl.Rollout, tuple[eqrl.Rollout, rewards.Scored]]:
     """The rollout with the reward of one greedy completion per prompt, on all rows of the prompt.
 
     Where that reward failed there is no baseline, and the prompt trains nothing.
     """
     with run.timer("rollout"):
-        best = dataclasses.replace(run.sampler, samples=1, temperature=0.0)  # type: ignore
-        greedy = _in_passes(run._replace(sampler=best), policy, batch, jr.key(0))
+        best = dataclasses.replace(run.sampling, samples=1, temperature=0.0)
+        greedy = _ask(run, policy, batch.prompts, best, key=jr.key(0)).result()
         jax.block_until_ready(greedy)
     with run.timer("reward"):
-        greedy, scored = _reward(run, greedy, rows)
+        greedy, scored = _reward(run, greedy, batch.rows)
     total = rewards.weighted(np.asarray(greedy.rewards), [w for w in run.weights if w != 0])
-    samples = rollout.group.shape[0] // len(rows)
+    samples = rollout.group.shape[0] // len(batch.rows)
     known = np.repeat(np.asarray(greedy.mask).any(axis=1), samples)
     baseline = jnp.asarray(np.repeat(total, samples))
     rollout = eqrl.apply(rollout, jnp.asarray(known))

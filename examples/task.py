@@ -1,10 +1,11 @@
 """What a script trains on: problems, what a completion earns, and when it is right."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eqrl.rewards import Reward
+from eqrl.samplers import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Task:
         strict: 1.0 for a right answer in the form that was asked for.
         lenient: 1.0 for a right answer in any form.
         system: system message of every prompt; `None` for none.
+        around: from the run's sampler and tokenizer to the one that the task wants, for instance
+            one whose completions call tools; `None` for the run's own.
     """
 
     name: str
@@ -31,3 +34,4 @@ class Task:
     strict: Reward
     lenient: Reward
     system: str | None = None
+    around: Callable[[Sampler, Any], Sampler] | None = None

@@ -24,6 +24,9 @@ import numpy as np
 import optax
 import planning
 import spread
+from asking import Ahead
+from backends import build_backend
+from build import plugin_builders
 from config import Config, build_algorithm, build_optimizer, derived, describe
 from layout import (
     Meshes,
@@ -81,11 +84,12 @@ def _run(config: Config, build: Callable[[Any], Task]) -> int:
     ):
         with _one_sentence():
             run, policy = _prepare(config, build(config), folder, resume)
-            state, stream, counters = _begin(run, policy, resume)
+            state, stream, counters, rows = _begin(run, policy, resume)
             del policy  # the state has its own
         status.step = 0 if resume is None else resume.step
-        with set_mesh(run.meshes.train):
-            _train(run, state, stream, counters, status, stop)
+        ahead = Ahead(config.rollout.overlap, config.steps or 0, rows)
+        with set_mesh(run.meshes.train), _engine(run, state.policy):
+            _train(run, state, stream, ahead, counters, status, stop)
         # However long process 0 writes, the others wait for it here.
         status.signal = spread.agreed(stop.requested)
     return 0 if status.signal is None else 128 + signal.Signals[status.signal]
@@ -194,7 +198,8 @@ def _prepare(
         tokenizer=tokenizer,
         prompts=train,
         held_out=held_out,
-        sampler=samplers.Decoder(
+        sampler=_sampler(config, task, tokenizer, max(map(len, train.tokens + held_out.tokens))),
+        sampling=samplers.Sampling(
             config.rollout.samples,
             config.rollout.max_tokens,
             loaded.stop_ids,
@@ -211,6 +216,36 @@ def _prepare(
         ),
     )
     return run, loaded.model
+
+
+def _sampler(config: Config, task: Task, tokenizer: Any, longest: int) -> samplers.Sampler:
+    """What `--rollout.backend` names, as the task wants it; `longest` is that of all prompts."""
+    # Room for what an engine keeps free besides.
+    context = longest + (config.rollout.max_tokens or 0) + 16
+    plugins = plugin_builders(config.plugins)
+    sampler = build_backend(config.rollout.backend, plugins, context_length=context)
+    if samplers.engine_of(sampler) is not None and jax.process_count() > 1:
+        raise ValueError(
+            f"--rollout.backend {config.rollout.backend}: an engine serves one process, and there "
+            f"are {jax.process_count()}; use naive, which samples on the mesh of all of them"
+        )
+    return sampler if task.around is None else task.around(sampler, tokenizer)
+
+
+@contextlib.contextmanager
+def _engine(run: Run, policy: models.Transformer) -> Iterator[None]:
+    """The engine, if the run samples with one, from before the first step to after the last."""
+    engine = samplers.engine_of(run.sampler)
+    if engine is None:
+        yield
+        return
+    with engine:
+        try:
+            print(f"starting {run.config.rollout.backend}", flush=True)
+            engine.start(policy)
+        except (ValueError, samplers.EngineError) as error:
+            raise SystemExit(f"error: --rollout.backend: {error}") from None
+        yield
 
 
 def _weights(config: Config, task: Task) -> tuple[float, ...]:
@@ -244,7 +279,7 @@ def _begin(run: Run, policy: models.Transformer, resume: Resume | None):
     counters = {"prompts_seen": 0, "tokens_seen": 0}
     if resume is None:
         state = make() if mesh is None else sharding.create(make, mesh, facts)
-        return state, stream, counters
+        return state, stream, counters, []
     # Restored into shapes: a second state would not fit beside it.
     one = sharding.make_mesh("data=1", jax.devices()[:1])
     target = sharding.abstract(eqx.filter_eval_shape(make), mesh or one, facts)
@@ -259,7 +294,8 @@ def _begin(run: Run, policy: models.Transformer, resume: Resume | None):
             )
     stream.restore(extra["stream"])
     print(f"resumed {resume.folder} at step {resume.step}")
-    return eqx.combine(arrays, static), stream, dict(extra["counters"])
+    rows = extra.get("ahead", [])
+    return eqx.combine(arrays, static), stream, dict(extra["counters"]), rows
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -275,6 +311,7 @@ def _train(
     run: Run,
     state: eqrl.TrainState,
     stream: data.PromptStream,
+    ahead: Ahead,
     counters: dict[str, int],
     status: tracking.ExitStatus,
     stop: tracking.StopRequest,
@@ -286,26 +323,38 @@ def _train(
     tracker = _trackers(run, done) if sharding.is_first() else tracking.combine()
     ended = "exception"
 
+    def where() -> dict[str, Any]:
+        return {"stream": [*stream.state()], "ahead": ahead.rows()}
+
+    place = where()
+
     def save() -> None:
         start = time.perf_counter()
         arrays, _ = eqx.partition(state, eqx.is_array)
-        extra = {"stream": [*stream.state()], "counters": counters, "run": _identity(run)}
+        extra = place | {"counters": counters, "run": _identity(run)}
         if not checkpoints.save(done, arrays, extra):
             run.console.notice(f"save-{done}", f"step {done} is not on disk as a checkpoint")
         tracker.log(done, {"time/ckpt": time.perf_counter() - start})
 
     try:
         evaluate = evaluation.Evaluator(
-            run.held_out, run.task, run.stop_ids, run.tokenizer, config, run.weights, run.meshes
+            run.held_out,
+            run.task,
+            run.stop_ids,
+            run.tokenizer,
+            config,
+            run.weights,
+            run.meshes,
+            run.sampler,
         )
         if done == 0 and not spread.agreed(stop.requested):
             tracker.log(0, evaluate.full(state.policy))
         while done < steps and not spread.agreed(stop.requested):
             with run.timer.step():
-                rollout, metrics = collect(run, state, stream, done)
+                rollout, metrics = collect(run, state, stream, ahead, done)
                 state, learned = learn(run, state, rollout, done)
             done += 1
-            status.step = done
+            status.step, place = done, where()
             metrics |= learned | _count(run, metrics.pop("sampled"), rollout, counters, stream)
             tracker.log(done, metrics)
             _notices(run, done, metrics)
@@ -321,6 +370,12 @@ def _train(
             save()
         if not spread.agreed(stop.requested) and (steps > 0 or done > 0):
             tracker.log(done, evaluate.full(state.policy))
+    except samplers.EngineError as error:
+        # The steps that are done are worth keeping; --resume goes on from here.
+        if done > saved:
+            save()
+        raise SystemExit(f"error: {error}") from None
+    else:
         ended = "success" if spread.agreed(stop.requested) is None else "signal"
     finally:
         try:
@@ -343,10 +398,11 @@ def _trackers(run: Run, first: int) -> tracking.Combined:
     tracking.write_json(run.folder / "version.json", tracking.code_version() | ran_by)
     jsonl = tracking.Jsonl(run.folder / "metrics.jsonl")
     jsonl.truncate_after(first or -1)
+    project, _, name = config.track.project.partition("/")
     wandb = tracking.Wandb(
         mode=config.track.wandb,
-        project=config.track.project,
-        name=config.track.name or run.folder.name,
+        project=project,
+        name=name or run.folder.name,
         config=dataclasses.asdict(config) | {"algorithm": repr(run.algorithm)},
         folder=run.folder,
     )

@@ -31,7 +31,9 @@ def label(x) -> str:
     return getattr(x, "__name__", None) or repr(x)
 
 
-def tiny_model(key=None, *, vocab: int = 37, tied: bool = True, dtype=jnp.float32) -> Transformer:
+def tiny_model(
+    key=None, *, vocab: int = 37, tied: bool = True, head_dim: int = 4, dtype=jnp.float32
+) -> Transformer:
     """A Qwen2-shaped model of two layers with every option a decoder could get wrong."""
     architecture = Architecture(
         family="qwen2",
@@ -40,7 +42,7 @@ def tiny_model(key=None, *, vocab: int = 37, tied: bool = True, dtype=jnp.float3
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,
-        head_dim=4,
+        head_dim=head_dim,
         ff_width=24,
         tied=tied,
         attention_bias=True,

@@ -258,9 +258,9 @@ def test_flops_of_a_rollout():
     prompts = jax.eval_shape(
         lambda: Prompts(*(jnp.zeros(s, jnp.int32) for s in (shape, shape, (count,))))
     )
-    decoder = samplers.Decoder(samples, slots, (0,))
+    decoder, sampling = samplers.Decoder(), samplers.Sampling(samples, slots, (0,))
     total = flops_of(
-        lambda model, prompts, key: decoder(model, prompts, key=key),
+        lambda model, prompts, key: decoder(model, prompts, sampling, key=key),
         model_shapes(), prompts, jax.random.key(0), trips=slots,
     )  # fmt: skip
     rows = count * samples * slots
@@ -271,7 +271,7 @@ def test_flops_of_a_rollout():
     # Only the loop depends on the trips.
     np.testing.assert_allclose(
         total - flops_of(
-            lambda model, prompts, key: decoder(model, prompts, key=key),
+            lambda model, prompts, key: decoder(model, prompts, sampling, key=key),
             model_shapes(), prompts, jax.random.key(0), trips=slots // 2,
         ), steps / 2, rtol=0.03,
     )  # fmt: skip

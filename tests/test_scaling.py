@@ -42,9 +42,9 @@ def test_flops_of_a_forward_pass(cost):
 
 def test_flops_of_the_decoder(cost):
     policy = models.abstract(FACTS, jnp.float32)
-    decoder = samplers.Decoder(samples=2, max_tokens=8, stop_ids=(0,))
+    decoder, sampling = samplers.Decoder(), samplers.Sampling(2, 8, stop_ids=(0,))
     prompts = eqrl.pad_prompts([[1] * 12] * 3, [0, 1, 2], step=1)
-    traced = jax.make_jaxpr(lambda policy, key: decoder(policy, prompts, key=key).tokens)(
+    traced = jax.make_jaxpr(lambda policy, key: decoder(policy, prompts, sampling, key=key).tokens)(
         policy, jax.random.key(0)
     )
     model = of(cost, cost.Batch(3, 2, 12, 8))

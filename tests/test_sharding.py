@@ -139,9 +139,10 @@ def step(algorithm, axes, *, micro_batch=None, temperature=1.0):
         place = lambda tree: sharding.place_rows(tree, mesh)  # noqa: E731
         state = sharding.place(state, mesh, policy.architecture)
         options["implementation"] = logprobs.over_mesh(mesh)
-    decoder = samplers.Decoder(4, 6, (0, 1), temperature)
+    sampling = samplers.Sampling(4, 6, (0, 1), temperature)
     with context:
-        rollout = place(decoder(state.policy, place(prompts), key=jax.random.key(5)))
+        sampler = samplers.Decoder()
+        rollout = place(sampler(state.policy, place(prompts), sampling, key=jax.random.key(5)))
         reward = jnp.sum(jnp.where(rollout.mask, rollout.tokens, 0), axis=1).astype(float) / 50
         rollout = dataclasses.replace(rollout, rewards=reward[:, None])
         needed = algorithm.requires | {"old_logprobs"}
@@ -229,10 +230,13 @@ def over_rows(tree, mesh):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
 
-def sampled_shapes(decoder, policy, prompts: int):
+def sampled_shapes(sampling, policy, prompts: int):
     """Prompts and their completions, as shapes."""
     some = eqx.filter_eval_shape(eqrl.pad_prompts, [[1] * 5] * prompts, [*range(prompts)], step=1)
-    run = lambda policy, prompts: decoder(policy, prompts, key=jax.random.key(0))  # noqa: E731
+
+    def run(policy, prompts):
+        return samplers.Decoder()(policy, prompts, sampling, key=jax.random.key(0))
+
     return some, eqx.filter_eval_shape(run, policy, some)
 
 
@@ -243,7 +247,7 @@ def test_an_update_gathers_each_layer_twice_a_micro_batch():
     algorithm, optimizer = algorithms.dr_grpo(max_tokens=4), optax.sgd(0.1)
     policy = models.abstract(facts)
     state = eqx.filter_eval_shape(lambda p: eqrl.init(p, algorithm, optimizer), policy)
-    _, rollout = sampled_shapes(samplers.Decoder(2, 4, (0,)), policy, prompts=8)
+    _, rollout = sampled_shapes(samplers.Sampling(2, 4, (0,)), policy, prompts=8)
     batch, _ = eqx.filter_eval_shape(algorithm.assign, rollout.logprobs, state.algorithm, rollout)
 
     def update(state, batch):
@@ -271,12 +275,12 @@ def test_keys_and_values_are_cut_by_rows_and_heads():
     facts = architecture(num_layers=2, tied=True)
     mesh = sharding.make_mesh("data=4,tensor=2")
     policy = sharding.abstract(models.abstract(facts), mesh, facts)
-    decoder = samplers.Decoder(2, 32, (0,))
-    prompts, _ = sampled_shapes(decoder, policy, prompts=8)
+    decoder, sampling = samplers.Decoder(), samplers.Sampling(2, 32, (0,))
+    prompts, _ = sampled_shapes(sampling, policy, prompts=8)
     key = jax.eval_shape(lambda: jax.random.key(0))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    run = jax.jit(lambda policy, prompts, key: decoder(policy, prompts, key=key))
+    run = jax.jit(lambda policy, prompts, key: decoder(policy, prompts, sampling, key=key))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         text = str(run.lower(policy, over_rows(prompts, mesh), key).compile().as_text())
     rows, heads = 16 // 4, facts.num_kv_heads // 2

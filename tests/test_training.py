@@ -9,17 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import evaluation
 import jax
 import numpy as np
 import pytest
 import yaml
-from config import parse
+from asking import ask
+from config import batch_plan, parse
 from helpers import tiny_model
 from layout import Meshes
-from stepping import _in_passes
 from task import Task
 from training import train
 from word_problems import problems
@@ -70,14 +69,15 @@ def test_passes_change_no_completion(passes, mesh):
     """Three passes of two prompts: the last is short. On the mesh, each has eight."""
     policy = tiny_model()
     prompts = eqrl.pad_prompts([[3, 4], [5], [6, 7, 8], [9, 9], [10]], range(5), step=4)
-    words = ["--rollout.prompts", "5", "--rollout.samples", "2", "--rollout.passes"]
-    decoder = samplers.Decoder(2, 6, (0, 1), 1.0)
+    decoder, sampling = samplers.Decoder(), samplers.Sampling(2, 6, (0, 1))
     where = None if mesh is None else sharding.make_mesh(mesh)
-    run = types.SimpleNamespace(
-        config=parse([*words, passes]), sampler=decoder, meshes=Meshes(where, where)
-    )
-    got = _in_passes(run, policy, prompts, jax.random.key(3))  # pyright: ignore[reportArgumentType]
-    want = decoder(policy, prompts, key=jax.random.key(3))
+    config = parse(["--rollout.prompts", "5", "--rollout.samples", "2", "--rollout.passes", passes])
+    size, key = batch_plan(config).prompts_per_pass, jax.random.key(3)
+    got = ask(
+        decoder, policy, prompts, sampling, key=key, size=size, meshes=Meshes(where, where)
+    ).result()
+    want = decoder(policy, prompts, sampling, key=key)
+    got = dataclasses.replace(got, version=None)
     # Log-probs of another batch size may round otherwise.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, got, want)

@@ -48,8 +48,10 @@ def _step(state, algorithm, optimizer, mesh) -> dict[str, np.ndarray]:
     implementation = logprobs.over_mesh(mesh) if mesh else None
     key = jax.random.key(5)
     prompts = _prompts(mesh)
-    greedy = samplers.Decoder(SAMPLES, 6, (0, 1), 0)(state.policy, prompts, key=key)
-    rollout = samplers.Decoder(SAMPLES, 6, (0, 1))(state.policy, prompts, key=key)
+    sampler, sampling = samplers.Decoder(), samplers.Sampling(SAMPLES, 6, (0, 1))
+    best = dataclasses.replace(sampling, temperature=0)
+    greedy = sampler(state.policy, prompts, best, key=key)
+    rollout = sampler(state.policy, prompts, sampling, key=key)
     # Sample by sample, so that the completions of a prompt lie in different processes.
     order = np.arange(len(PROMPTS) * SAMPLES).reshape(-1, SAMPLES).T.ravel()
     rollout = spread(jax.tree.map(lambda x: x[order], rollout))

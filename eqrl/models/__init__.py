@@ -25,3 +25,4 @@ from ._save import save as save
 from ._tokenizer import load_tokenizer as load_tokenizer
 from ._transformer import Transformer as Transformer
 from ._value_model import ValueModel as ValueModel
+from ._widen import widen_heads as widen_heads

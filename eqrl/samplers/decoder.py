@@ -15,6 +15,7 @@ from .._types import Rollout, wide
 from ..models import Transformer, attention, causal, constrain
 from ..models._contract import contract
 from ._layers import IN_TURN, SCANNED, Fold
+from .base import Sampling
 from .draw import draw
 
 
@@ -23,37 +24,19 @@ Cache: TypeAlias = PyTree[Float[Array, "..."]]
 
 
 class Decoder(eqx.Module):
-    """Samples `samples` completions of every prompt with the policy's own weights.
+    """Samples with the policy's own weights, in this process.
 
     A prompt runs through the model once for all its completions, and its keys and values are kept
     once. The decode loop is one compiled program that ends when every row has stopped. The key of
     a token is `fold_in(key, prompt id, sample, index)`, so a completion depends on neither its
     neighbours nor the batch split.
-
-    Attributes:
-        samples: completions a prompt.
-        max_tokens: completion tokens at most, the stop token included.
-        stop_ids: tokens that end a completion; any of them, also as the first token.
-        temperature: divides the logits; 0 takes the most likely token, and log-probs are then
-            those at temperature 1.
     """
 
-    samples: int = eqx.field(static=True)
-    max_tokens: int = eqx.field(static=True)
-    stop_ids: tuple[int, ...] = eqx.field(static=True)
-    temperature: float | int = eqx.field(static=True, default=1.0)
-
-    def __check_init__(self):
-        for name in ("samples", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or above")
-
-    def __call__(self, policy: Transformer, prompts: Prompts, *, key: PRNGKeyArray) -> Rollout:
-        """See `Sampler`. Row `p * samples + s` is sample s of prompt p, and its group is
-        `p * samples`."""
-        return _sample(policy, prompts, key, self)
+    def __call__(
+        self, policy: Transformer, prompts: Prompts, sampling: Sampling, *, key: PRNGKeyArray
+    ) -> Rollout:
+        """See `Sampler`."""
+        return _sample(policy, prompts, key, sampling)
 
 
 class _Carry(NamedTuple):
@@ -69,12 +52,14 @@ class _Carry(NamedTuple):
 
 
 @eqx.filter_jit
-def _sample(policy: Transformer, prompts: Prompts, key: PRNGKeyArray, decoder: Decoder) -> Rollout:
+def _sample(
+    policy: Transformer, prompts: Prompts, key: PRNGKeyArray, sampling: Sampling
+) -> Rollout:
     arrays, static = eqx.partition((policy, prompts, key), eqx.is_array)
 
     def run(fold: Fold, arrays):
         policy, prompts, key = eqx.combine(arrays, static)
-        return _run(policy, prompts, key, decoder, fold)
+        return _run(policy, prompts, key, sampling, fold)
 
     return lax.platform_dependent(
         arrays, tpu=functools.partial(run, SCANNED), default=functools.partial(run, IN_TURN)
@@ -82,22 +67,22 @@ def _sample(policy: Transformer, prompts: Prompts, key: PRNGKeyArray, decoder: D
 
 
 def _run(
-    policy: Transformer, prompts: Prompts, key: PRNGKeyArray, decoder: Decoder, fold: Fold
+    policy: Transformer, prompts: Prompts, key: PRNGKeyArray, sampling: Sampling, fold: Fold
 ) -> Rollout:
     layers = fold.layers(policy)
     hidden, prompt_cache = _prefill(policy, layers, prompts, fold)
     lengths = jnp.sum(prompts.positions >= 0, axis=1)
-    row_keys = _row_keys(key, prompts.ids, decoder.samples)
-    lengths, hidden = (jnp.repeat(x, decoder.samples, axis=0) for x in (lengths, hidden))
+    row_keys = _row_keys(key, prompts.ids, sampling.samples)
+    lengths, hidden = (jnp.repeat(x, sampling.samples, axis=0) for x in (lengths, hidden))
     prompt_visible = prompts.positions >= 0
 
     def more(carry: _Carry):
-        return (carry.step < decoder.max_tokens) & ~jnp.all(carry.done)
+        return (carry.step < sampling.max_tokens) & ~jnp.all(carry.done)
 
     def step(carry: _Carry) -> _Carry:
-        carry, token = _choose(policy, decoder, row_keys, carry)
+        carry, token = _choose(policy, sampling, row_keys, carry)
         rotary = policy.rotary((lengths + carry.step)[:, None])
-        earlier = jnp.arange(decoder.max_tokens) < carry.step
+        earlier = jnp.arange(sampling.max_tokens) < carry.step
 
         def through(x, of_layer):
             layer, prompt, completion = of_layer
@@ -113,8 +98,8 @@ def _run(
             cache=_write(carry.cache, new, carry.step),
         )
 
-    carry = lax.while_loop(more, step, _start(decoder, hidden, prompt_cache))
-    return _rollout(prompts, decoder, lengths, carry)
+    carry = lax.while_loop(more, step, _start(sampling, hidden, prompt_cache))
+    return _rollout(prompts, sampling, lengths, carry)
 
 
 def _prefill(policy: Transformer, layers, prompts: Prompts, fold: Fold):
@@ -140,8 +125,8 @@ def _row_keys(key: PRNGKeyArray, ids: Int[Array, " prompt"], samples: int) -> Ke
     return of_row.reshape(-1)
 
 
-def _start(decoder: Decoder, hidden: Float[Array, "batch d"], prompt_cache: Cache) -> _Carry:
-    batch, slots = hidden.shape[0], decoder.max_tokens
+def _start(sampling: Sampling, hidden: Float[Array, "batch d"], prompt_cache: Cache) -> _Carry:
+    batch, slots = hidden.shape[0], sampling.max_tokens
 
     def empty(x):
         *layers, _, kv, _, width = x.shape
@@ -158,19 +143,19 @@ def _start(decoder: Decoder, hidden: Float[Array, "batch d"], prompt_cache: Cach
     )
 
 
-def _choose(policy: Transformer, decoder: Decoder, row_keys: Key[Array, " batch"], carry: _Carry):
+def _choose(policy: Transformer, sampling: Sampling, row_keys: Key[Array, " batch"], carry: _Carry):
     """Draws the next token of every row and records it where the row is still alive."""
     logits = contract("bd,vd->bv", carry.hidden, policy.unembedding)
-    if decoder.temperature == 0:
+    if sampling.temperature == 0:
         token = jnp.argmax(logits, axis=1).astype(jnp.int32)
         chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
         logprob = chosen - jax.nn.logsumexp(logits, axis=1)
     else:
         of_token = jax.vmap(jr.fold_in, (0, None))(row_keys, carry.step)
         uniform = jax.vmap(lambda k: jr.uniform(k, (), logits.dtype))(of_token)
-        token, logprob = draw(logits / decoder.temperature, uniform)
+        token, logprob = draw(logits / sampling.temperature, uniform)
     alive = ~carry.done
-    stop = jnp.isin(token, jnp.asarray(decoder.stop_ids, jnp.int32))
+    stop = jnp.isin(token, jnp.asarray(sampling.stop_ids, jnp.int32))
     return carry._replace(
         done=carry.done | stop,
         tokens=_record(carry.tokens, token, alive, carry.step),
@@ -230,18 +215,18 @@ def _attend(
     return attended.astype(q.dtype).reshape(q.shape)
 
 
-def _rollout(prompts: Prompts, decoder: Decoder, lengths, carry: _Carry) -> Rollout:
+def _rollout(prompts: Prompts, sampling: Sampling, lengths, carry: _Carry) -> Rollout:
     """Prompt columns, then completion columns; the holes between them have position -1."""
-    repeat = lambda x: jnp.repeat(x, decoder.samples, axis=0)  # noqa: E731
+    repeat = lambda x: jnp.repeat(x, sampling.samples, axis=0)  # noqa: E731
     count, width = prompts.tokens.shape
-    slots = jnp.arange(decoder.max_tokens, dtype=jnp.int32)
+    slots = jnp.arange(sampling.max_tokens, dtype=jnp.int32)
     positions = jnp.where(carry.mask, lengths[:, None] + slots[None, :], -1)
-    before = jnp.zeros((count * decoder.samples, width))
+    before = jnp.zeros((count * sampling.samples, width))
     return Rollout(
         tokens=jnp.concatenate([repeat(prompts.tokens), carry.tokens], axis=1),
         mask=jnp.concatenate([before.astype(bool), carry.mask], axis=1),
         positions=jnp.concatenate([repeat(prompts.positions), positions], axis=1),
         logprobs=jnp.concatenate([before.astype(carry.logprobs.dtype), carry.logprobs], axis=1),
-        group=repeat(jnp.arange(count, dtype=jnp.int32) * decoder.samples),
+        group=repeat(jnp.arange(count, dtype=jnp.int32) * sampling.samples),
         truncated=~carry.done,
     )

@@ -1,0 +1,166 @@
+"""sglang-jax in a process and an environment of its own."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from typing import Any, ClassVar
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from .._prompts import Prompts
+from ..models import Transformer, widen_heads
+from .base import Sampling
+from .process_engine import ProcessEngine
+
+
+# Where `python -m eqrl.samplers.install_sglang_jax` puts it.
+ENVIRONMENT = pathlib.Path.home() / ".cache" / "eqrl" / "sglang-jax"
+# The width of a head that its attention is made for.
+_HEAD_DIM = 128
+# Tokens that it keeps free of a context.
+_SPARE = 8
+
+
+@dataclasses.dataclass(eq=False)
+class SGLangJax(ProcessEngine):
+    """The engine of sglang-jax 0.1.0rc0, which pins jax, flax and numpy, and needs Python 3.12.
+
+    It batches continuously and pages its cache, so completions of very different lengths cost what
+    they are long. It draws exactly: each completion by a seed of its own from the key and its
+    prompt's id, whatever else is in the batch. Heads that are no multiple of 128 wide are widened
+    on the way (not on a TPU, where it pads them itself); its cache takes 128 in any case.
+
+    Memory on each of its devices: weights and `max_total_tokens` times
+    `2 * layers * kv heads * max(head_dim, 128) * bytes`, both over `tp_size`; checked at the start.
+
+    Attributes:
+        context_length: tokens of prompt and completion at most.
+        max_running_requests: completions decoded at the same time; further ones wait.
+        max_total_tokens: of the cache; by default enough for all running requests at full length.
+        mem_fraction_static: of a device's memory, for weights and cache; the engine's own default.
+            The smaller of both limits holds.
+        tp_size: devices it is cut over.
+        dtype: of weights and cache, `float32` or `bfloat16`; the policy's by default.
+        device: `cpu`, `tpu` or `gpu`; the trainer's kind by default.
+        python_path: the interpreter of its environment. By default the one that
+            `EQRL_SGLANG_PYTHON` names, else this one if it has sglang-jax, else the one that
+            `python -m eqrl.samplers.install_sglang_jax` has made.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Source: https://github.com/sgl-project/sglang-jax
+    """
+
+    context_length: int = 4096
+    max_running_requests: int = 64
+    max_total_tokens: int | None = None
+    mem_fraction_static: float | None = None
+    tp_size: int = 1
+    dtype: str | None = None
+    device: str | None = None
+    python_path: str | None = None
+
+    name: ClassVar[str] = "sglang-jax"
+    module: ClassVar[str] = "sglang_jax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._folder: pathlib.Path | None = None
+        for name in ("context_length", "max_running_requests", "max_total_tokens", "tp_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        fraction = self.mem_fraction_static
+        if fraction is not None and not 0 < fraction < 1:
+            raise ValueError(f"mem_fraction_static={fraction} must lie between 0 and 1")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
+        if self.device not in (None, "cpu", "tpu", "gpu"):
+            raise ValueError(f"device={self.device!r} must be 'cpu', 'tpu' or 'gpu'")
+
+    def python(self) -> str:
+        """See `ProcessEngine`."""
+        given = self.python_path or os.environ.get("EQRL_SGLANG_PYTHON")
+        if given is None and importlib.util.find_spec("sgl_jax") is not None:
+            return sys.executable
+        made = ENVIRONMENT / "bin" / "python"
+        if given is None and made.exists():
+            return str(made)
+        if given is None or not pathlib.Path(given).exists():
+            missing = "no sglang-jax here" if given is None else f"python_path={given} is not there"
+            raise ValueError(
+                f"{missing}; make its environment with `python -m eqrl.samplers.install_sglang_jax`"
+            )
+        return given
+
+    def prepared(self, policy: Transformer) -> Transformer:
+        """With heads that its attention can take."""
+        if self._device() == "tpu":
+            return policy
+        width = policy.architecture.head_dim
+        return widen_heads(policy, -(-width // _HEAD_DIM) * _HEAD_DIM)
+
+    def options(self, policy: Transformer) -> dict[str, Any]:
+        """Its own arguments, and a folder that has the policy's `config.json` and no weights."""
+        facts = policy.architecture
+        if facts.mlp_bias:
+            raise ValueError("mlp_bias: sglang-jax leaves such biases out; use another backend")
+        if facts.vocab_size % self.tp_size:
+            raise ValueError(
+                f"tp_size={self.tp_size} does not divide the vocabulary of {facts.vocab_size}"
+            )
+        self._folder = self._folder or pathlib.Path(tempfile.mkdtemp(prefix="eqrl-sglang-"))
+        config = facts.to_config() | {"torch_dtype": self.dtype or str(policy.embedding.dtype)}
+        (self._folder / "config.json").write_text(json.dumps(config))
+        tokens = self.max_total_tokens or self.max_running_requests * self.context_length
+        return {
+            "folder": str(self._folder),
+            "scratch": str(self._folder),
+            "device": self._device(),
+            "dtype": config["torch_dtype"],
+            "context_length": self.context_length,
+            "max_running_requests": self.max_running_requests,
+            "max_total_tokens": tokens,
+            "mem_fraction_static": self.mem_fraction_static,
+            "tp_size": self.tp_size,
+        }
+
+    def submit(
+        self,
+        policy: Transformer,
+        prompts: Prompts,
+        sampling: Sampling,
+        *,
+        key: PRNGKeyArray,
+        version: int = 0,
+    ):
+        """See `Engine`.
+
+        Raises:
+            ValueError: if a prompt and its completion may be longer than the context.
+        """
+        longest = int((prompts.positions >= 0).sum(axis=1).max())
+        if longest + sampling.max_tokens + _SPARE > self.context_length:
+            raise ValueError(
+                f"context_length={self.context_length} is too short for a prompt of {longest} and "
+                f"{sampling.max_tokens} new tokens; give at least "
+                f"{longest + sampling.max_tokens + _SPARE}"
+            )
+        return super().submit(policy, prompts, sampling, key=key, version=version)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        super().close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _device(self) -> str:
+        return self.device or jax.default_backend()
