@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.random as jr
 import numpy as np
 from asking import ask
@@ -83,21 +84,21 @@ class Evaluator:
         start = time.perf_counter()
         size = len(self._held_out.records)
         chosen = range(min(count or size, size))
-        tokens, mask, truncated = self._complete(policy, chosen)
+        rollout = self._complete(policy, chosen)
         records = [self._held_out.records[i] for i in chosen for _ in range(self._sampling.samples)]
-        judge = functools.partial(self._judge, tokens=tokens, mask=mask, records=records)
+        judge = functools.partial(self._judge, rollout=rollout, records=records)
         scored = judge(self._task.rewards)
         verdict = judge([self._task.strict, self._task.lenient]).components
         names = rewards.reward_names(self._task.rewards)
-        self._keep(chosen, tokens, mask, dict(zip(names, scored.components.T, strict=True)))
-        lengths = mask.sum(axis=1)
+        self._keep(chosen, rollout, dict(zip(names, scored.components.T, strict=True)))
+        lengths = rollout.mask.sum(axis=1)
         total = rewards.weighted(scored.components, self._weights)
         found = {
             f"{prefix}/acc_strict": float(verdict[:, 0].mean()),
             f"{prefix}/acc_lenient": float(verdict[:, 1].mean()),
             f"{prefix}/reward/total/mean": float(total.mean()),
             f"{prefix}/len_mean": float(lengths.mean()),
-            f"{prefix}/truncated_frac": float(truncated.mean()),
+            f"{prefix}/truncated_frac": float(rollout.truncated.mean()),
             f"{prefix}/problems": float(len(chosen)),
             f"{prefix}/reward_fn_failures": float(scored.errors + scored.timeouts),
         }
@@ -109,8 +110,8 @@ class Evaluator:
             found[f"{prefix}/pass@{k}"] = eqrl.estimate_pass_at_k(correct, k)
         return found | {f"time/{prefix}": time.perf_counter() - start}
 
-    def _complete(self, policy: models.Transformer, chosen: Sequence[int]):
-        """Tokens, mask and truncation of all completions, a constant number of rows a pass."""
+    def _complete(self, policy: models.Transformer, chosen: Sequence[int]) -> Any:
+        """A rollout of NumPy arrays, sampled a constant number of rows a pass."""
         policy = to_sample(policy, self._meshes, self._sampler)
         tokens = [self._held_out.tokens[i] for i in chosen]
         width = max(map(len, self._held_out.tokens))
@@ -124,21 +125,26 @@ class Evaluator:
             size=max(1, _ROWS // self._sampling.samples),
             meshes=self._meshes,
         )
-        rollout = asked.result()
-        return tuple(np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.truncated))
+        return jax.tree.map(np.asarray, asked.result())
 
-    def _judge(self, functions: Sequence[rewards.Reward], *, tokens, mask, records):
+    def _texts(self, rollout: Any, rows: slice) -> list[str]:
+        """Completions, with what tools have said in between."""
+        arrays = rollout.tokens, rollout.mask, rollout.positions
+        tokens, mask, positions = (x[rows] for x in arrays)
+        return data.decode_completions(tokens, mask, self._tokenizer, positions=positions)
+
+    def _judge(self, functions: Sequence[rewards.Reward], *, rollout, records):
         """Every completion by every function; each process judges its own share."""
-        own = own_share(len(tokens))
-        texts = data.decode_completions(tokens[own], mask[own], self._tokenizer)
+        own = own_share(len(records))
+        texts = self._texts(rollout, own)
         timeout = self._config.reward.timeout
         scored = rewards.score(functions, texts, records[own], timeout=timeout)
-        return join(scored, len(tokens))
+        return join(scored, len(records))
 
-    def _keep(self, chosen: Sequence[int], tokens, mask, components) -> None:
+    def _keep(self, chosen: Sequence[int], rollout, components) -> None:
         """The first completion of the first problems."""
         first = slice(0, 16 * self._sampling.samples, self._sampling.samples)
-        texts = data.decode_completions(tokens[first], mask[first], self._tokenizer)
+        texts = self._texts(rollout, first)
         self.samples = [
             tracking.Sample(
                 str(self._held_out.records[i]["question"]),

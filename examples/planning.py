@@ -55,10 +55,11 @@ def plan(config: Config, model_folder: str) -> int:
 
 def _programs(shapes: Shapes) -> Iterator[planner.ProgramPlan]:
     """The programs of a step in their order."""
-    if shapes.moved:
-        yield _gather(shapes)
-    yield _sample(shapes, "prefill", max_tokens=1)
-    yield _sample(shapes, "decode", max_tokens=shapes.config.rollout.max_tokens)
+    if shapes.samples_here:
+        if shapes.moved:
+            yield _gather(shapes)
+        yield _sample(shapes, "prefill", max_tokens=1)
+        yield _sample(shapes, "decode", max_tokens=shapes.config.rollout.max_tokens)
     if shapes.required:
         yield _annotate(shapes)
     yield _update(shapes, shapes.micro_rows)
@@ -204,6 +205,8 @@ def _heading(shapes: Shapes) -> str:
 def _summary(shapes: Shapes, programs: list[planner.ProgramPlan]) -> str:
     """Least time of a step, and what was not built."""
     lines = [f"not built: {_logits(shapes)}"]
+    if not shapes.samples_here:
+        lines.append(f"sampling is not in here: {shapes.config.rollout.backend} does it elsewhere")
     if all(program.seconds is not None for program in programs):
         # Prefill is in the decode program as well.
         parts = {p.name: p.calls * p.seconds.total for p in programs if p.name != "prefill"}  # type: ignore

@@ -8,6 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from backends import build_backend
+from build import plugin_builders
 from config import Config, batch_plan, build_algorithm, build_optimizer, derived, required
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -55,9 +57,15 @@ class Shapes:
         return self.meshes.sample
 
     @property
+    def samples_here(self) -> bool:
+        """Whether the trainer's devices sample; an engine has its own."""
+        plugins = plugin_builders(self.config.plugins)
+        return samplers.engine_of(build_backend(self.config.rollout.backend, plugins)) is None
+
+    @property
     def moved(self) -> bool:
         """Whether sampling has a copy of the weights in a layout of its own."""
-        return self.sampling_mesh != self.mesh
+        return self.samples_here and self.sampling_mesh != self.mesh
 
     @property
     def held(self) -> int:

@@ -195,8 +195,9 @@ def _reward(
     """
     count = rollout.group.shape[0]
     own, samples = own_share(count), count // len(rows)
-    mask, tokens = np.asarray(rollout.mask)[own], np.asarray(rollout.tokens)[own]
-    texts = data.decode_completions(tokens, mask, run.tokenizer)
+    arrays = rollout.tokens, rollout.mask, rollout.positions
+    tokens, mask, positions = (np.asarray(x)[own] for x in arrays)
+    texts = data.decode_completions(tokens, mask, run.tokenizer, positions=positions)
     records = [run.prompts.records[i] for i in rows for _ in range(samples)][own]
     scored = rewards.score(run.task.rewards, texts, records, timeout=run.config.reward.timeout)
     scored = join(scored, count)

@@ -220,10 +220,11 @@ def _prepare(
 
 def _sampler(config: Config, task: Task, tokenizer: Any, longest: int) -> samplers.Sampler:
     """What `--rollout.backend` names, as the task wants it; `longest` is that of all prompts."""
-    # Room for what an engine keeps free besides.
-    context = longest + (config.rollout.max_tokens or 0) + 16
+    known = {}
+    if task.around is None:  # what a tool says takes room that nobody knows here
+        known["context_length"] = longest + (config.rollout.max_tokens or 0) + 16
     plugins = plugin_builders(config.plugins)
-    sampler = build_backend(config.rollout.backend, plugins, context_length=context)
+    sampler = build_backend(config.rollout.backend, plugins, **known)
     if samplers.engine_of(sampler) is not None and jax.process_count() > 1:
         raise ValueError(
             f"--rollout.backend {config.rollout.backend}: an engine serves one process, and there "

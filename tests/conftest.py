@@ -40,6 +40,20 @@ install_import_hook("eqrl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+# Files that take a minute or more: with several processes, they come first, so that none of them is
+# alone at the end.
+_LONG = (
+    "test_training", "test_training_processes", "test_update", "test_sharding", "test_asking",
+    "test_turns", "test_samplers", "test_planning", "test_processes", "test_logprobs", "test_plan",
+    "test_openai", "test_engines", "test_contract", "test_invariants",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def pytest_make_parametrize_id(val):
     # Names of tests must be the same in every process that collects them.
     return getattr(val, "__name__", None) if callable(val) else None

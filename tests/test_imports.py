@@ -33,7 +33,7 @@ ISLANDS = {
     "_optimizer": set(),
     "_logprobs": set(),
     "logprobs": {"_logprobs"},
-    "samplers": {"models"},
+    "samplers": {"models", "_pack", "_logprobs"},
     "models": set(),
     "rewards": set(),
     "data": set(),

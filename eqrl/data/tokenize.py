@@ -86,23 +86,33 @@ def fit_prompts(prompts: Sequence[Sequence[int]], limit: int, *, drop: bool = Fa
 
 
 def decode_completions(
-    tokens: Int[np.ndarray, "batch time"], mask: Bool[np.ndarray, "batch time"], tokenizer: Any
+    tokens: Int[np.ndarray, "batch time"],
+    mask: Bool[np.ndarray, "batch time"],
+    tokenizer: Any,
+    *,
+    positions: Int[np.ndarray, "batch time"] | None = None,
 ) -> list[str]:
-    """The text of each row's chosen tokens, special tokens such as the stop token left out.
+    """The text of each row's completion, special tokens such as the stop token left out.
 
     Args:
         tokens: rows of prompt, completion and padding.
-        mask: True where the policy chose the token; gaps are skipped.
+        mask: True where the policy chose the token.
         tokenizer: a Hugging Face tokenizer.
+        positions: -1 on padding. With them a text is all that stands from the first chosen token
+            to the row's end, replies of tools included; without, it is the chosen tokens alone.
 
     Returns:
         One text a row, spaces as the tokenizer gives them.
     """
+    if positions is None:
+        kept = mask
+    else:
+        kept = np.logical_or.accumulate(mask, axis=1) & (positions >= 0)
     return [
         tokenizer.decode(
             row[chosen].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        for row, chosen in zip(tokens, mask, strict=True)
+        for row, chosen in zip(tokens, kept, strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping
-from io import BufferedRWPair
+from io import BufferedIOBase
 from typing import IO
 
 from ._worker.channel import Message, receive, send
@@ -25,22 +25,33 @@ class SharedMemory:
     """Memory that two processes map, without a name that could be left behind."""
 
     def __init__(self, size: int):
-        # The file is gone from its folder at once; it lives as long as a process has it open.
-        fast = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        self.file: IO[bytes] = tempfile.TemporaryFile(dir=fast)
-        try:
-            os.posix_fallocate(self.file.fileno(), 0, size)
-        except OSError as error:
-            self.file.close()
+        available = _available_bytes()
+        if available is not None and size > available:
             raise EngineError(
-                f"no {size / 2**30:.1f} GiB for a copy of the weights in {fast or 'the temporary '}"
-                f"{'' if fast else 'folder'} ({error.strerror}); make it larger"
-            ) from None
+                f"no {size / 2**30:.1f} GiB of host memory for a copy of the weights, only "
+                f"{available / 2**30:.1f}; a smaller dtype or another backend takes less"
+            )
+        if hasattr(os, "memfd_create"):
+            # Not in /dev/shm, which containers keep small.
+            self.file: IO[bytes] = os.fdopen(os.memfd_create("eqrl-weights"), "r+b")
+        else:  # a file without a name; it lives as long as a process has it open
+            self.file = tempfile.TemporaryFile()
+        self.file.truncate(size)
         self.map = mmap.mmap(self.file.fileno(), size)
 
     def close(self) -> None:
         self.map.close()
         self.file.close()
+
+
+def _available_bytes() -> int | None:
+    """Of host memory, where the system says it."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0][1]) * 1024 if found else None
 
 
 class Process:
@@ -79,7 +90,7 @@ class Process:
         )
         theirs.close()
         self._socket = ours
-        self._stream: BufferedRWPair = ours.makefile("rwb")
+        self._stream: BufferedIOBase = ours.makefile("rwb")
         self.dead = False  # rather than slow
         self._answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()

@@ -1,9 +1,10 @@
-"""`python -m eqrl.samplers.install_sglang_jax [cpu|tpu|gpu]`: the environment of that engine.
+"""`python -m eqrl.samplers.install_sglang_jax [cpu|tpu|gpu] [FOLDER]`: that engine's environment.
 
 A virtual environment of its own, because the engine pins jax, flax, numpy and transformers to
 versions that eqrl does not run on.
 """
 
+import argparse
 import pathlib
 import shutil
 import subprocess
@@ -67,9 +68,18 @@ def install(kind: str, folder: pathlib.Path) -> None:
             raise ValueError(f"`{' '.join(command)}` failed; its words are above")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
+    parser.add_argument("kind", nargs="?", default="cpu", choices=("cpu", "tpu", "gpu"))
+    parser.add_argument("folder", nargs="?", default=ENVIRONMENT, type=pathlib.Path)
+    given = parser.parse_args()
     try:
-        install(sys.argv[1] if len(sys.argv) > 1 else "cpu", ENVIRONMENT)
+        install(given.kind, given.folder)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    print(f"sglang-jax {VERSION} is in {ENVIRONMENT}")
+    print(f"sglang-jax {VERSION} is in {given.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -154,6 +154,11 @@ class ProcessEngine(Engine):
             self._version = version
             return
         own = self.prepared(policy)
+        if self._load is not None and self._load.config != own.architecture.to_config():
+            raise ValueError(
+                f"policy: the {self.name} engine was started for another architecture; close() it "
+                "first, or start a second one"
+            )
         if self._process is None:
             self._begin(own)
         # It reads the memory when it comes to the message; until then the last weights stay there.

@@ -15,7 +15,9 @@ from jaxtyping import PRNGKeyArray
 
 from .._prompts import Prompts
 from ..models import Transformer, widen_heads
+from ._verify import verify
 from .base import Sampling
+from .engine import EngineError
 from .process_engine import ProcessEngine
 
 
@@ -25,6 +27,8 @@ ENVIRONMENT = pathlib.Path.home() / ".cache" / "eqrl" / "sglang-jax"
 _HEAD_DIM = 128
 # Tokens that it keeps free of a context.
 _SPARE = 8
+# Policies whose first rollout is compared with their own forward: as loaded, and as pushed again.
+_VERIFICATIONS = 2
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,6 +52,9 @@ class SGLangJax(ProcessEngine):
         tp_size: devices it is cut over.
         dtype: of weights and cache, `float32` or `bfloat16`; the policy's by default.
         device: `cpu`, `tpu` or `gpu`; the trainer's kind by default.
+        tolerance: mean absolute difference in nats between its log-probs and the policy's own, at
+            which the run ends. Compared on a few rows of the first rollout, and of the first one
+            after the first update.
         python_path: the interpreter of its environment. By default the one that
             `EQRL_SGLANG_PYTHON` names, else this one if it has sglang-jax, else the one that
             `python -m eqrl.samplers.install_sglang_jax` has made.
@@ -65,6 +72,7 @@ class SGLangJax(ProcessEngine):
     tp_size: int = 1
     dtype: str | None = None
     device: str | None = None
+    tolerance: float = 0.05
     python_path: str | None = None
 
     name: ClassVar[str] = "sglang-jax"
@@ -73,6 +81,7 @@ class SGLangJax(ProcessEngine):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._folder: pathlib.Path | None = None
+        self._verifications = _VERIFICATIONS
         for name in ("context_length", "max_running_requests", "max_total_tokens", "tp_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -153,11 +162,21 @@ class SGLangJax(ProcessEngine):
                 f"{sampling.max_tokens} new tokens; give at least "
                 f"{longest + sampling.max_tokens + _SPARE}"
             )
-        return super().submit(policy, prompts, sampling, key=key, version=version)
+        new = not self._held.are(policy)
+        asked = super().submit(policy, prompts, sampling, key=key, version=version)
+        if new and self._verifications:
+            self._verifications -= 1
+            try:
+                verify(policy, asked.result(), sampling, tolerance=self.tolerance, who="sglang-jax")
+            except EngineError:
+                self.close()
+                raise
+        return asked
 
     def close(self) -> None:
         """See `Engine`."""
         super().close()
+        self._verifications = _VERIFICATIONS
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

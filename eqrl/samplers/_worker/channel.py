@@ -7,7 +7,7 @@ not travel: they lie in memory that both processes map, and `Push` says that the
 
 import dataclasses
 import json
-from io import BufferedRWPair
+from io import BufferedIOBase
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -116,7 +116,7 @@ Message: TypeAlias = Load | Push | Sample | Done | Completions | Failed
 _KINDS = {kind.__name__: kind for kind in (Load, Push, Sample, Done, Completions, Failed)}
 
 
-def send(stream: BufferedRWPair, message: Message) -> None:
+def send(stream: BufferedIOBase, message: Message) -> None:
     """Writes one message."""
     values, arrays = {}, {}
     for field in dataclasses.fields(message):
@@ -130,7 +130,7 @@ def send(stream: BufferedRWPair, message: Message) -> None:
     stream.flush()
 
 
-def receive(stream: BufferedRWPair) -> Message:
+def receive(stream: BufferedIOBase) -> Message:
     """Reads one message.
 
     Raises:

@@ -8,7 +8,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable
-from io import BufferedRWPair
+from io import BufferedIOBase
 from typing import Protocol
 
 from .channel import Completions, Done, Failed, Load, Message, Push, Sample, receive, send
@@ -50,7 +50,7 @@ def serve(start: Callable[[Load, mmap.mmap], tuple[Worker, dict]], channel: int,
             leave(scratch)
 
     # Its two directions are used by one thread each.
-    stream: BufferedRWPair = socket.socket(fileno=channel).makefile("rwb")
+    stream: BufferedIOBase = socket.socket(fileno=channel).makefile("rwb")
     threading.Thread(target=listen, daemon=True).start()
     worker: Worker | None = None
     while True:

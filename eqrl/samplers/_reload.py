@@ -1,0 +1,102 @@
+"""The hook that gives a server new weights: a command, or an address."""
+
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Sequence
+
+from ._http import Client
+from .engine import EngineError
+
+
+def check_reload(reload: str | Sequence[str] | None) -> None:
+    """Refuses what cannot be a hook.
+
+    Raises:
+        ValueError: with what it should be.
+    """
+    if reload is None:
+        return
+    if isinstance(reload, str):
+        if urllib.parse.urlsplit(reload).scheme not in ("http", "https"):
+            raise ValueError(
+                f"reload={reload!r} must be an http(s) address, or a command as a tuple of "
+                'strings: ("./reload.sh", "{folder}")'
+            )
+    elif not any("{folder}" in word for word in reload):
+        raise ValueError(
+            f'reload={tuple(reload)!r} does not say where "{{folder}}" goes, the folder of the new '
+            "weights"
+        )
+
+
+def run_reload(reload: str | Sequence[str], folder: str, client: Client, *, timeout: float) -> None:
+    """Tells the server, or who runs it, that a checkpoint is there.
+
+    Args:
+        reload: a command, in which "{folder}" stands for the folder; or an address that gets
+            `POST {"model_path": folder}`.
+        folder: a Hugging Face checkpoint.
+        client: of the server; its key goes to the address too.
+        timeout: seconds it may take.
+
+    Raises:
+        EngineError: if it fails, with what it said.
+    """
+    if isinstance(reload, str):
+        there = client.at(reload, timeout=timeout)
+        try:
+            said = there.once("", {"model_path": folder})
+        finally:
+            there.hang_up()
+        if isinstance(said, dict) and said.get("success") is False:
+            raise EngineError(
+                f"reload={reload} did not take the weights of {folder}: {said.get('message')}"
+            )
+    else:
+        words = [word.replace("{folder}", folder) for word in reload]
+        _run(words, client.closed, timeout)
+
+
+def _run(words: list[str], closed: threading.Event, timeout: float) -> None:
+    with tempfile.TemporaryFile() as log:
+        try:
+            # No pipe: a server that the command leaves behind would keep it open.
+            child = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise EngineError(f"the command of reload= does not start: {error}") from None
+        end = time.monotonic() + timeout
+        try:
+            while _running(child):
+                if closed.is_set() or time.monotonic() > end:
+                    why = "was closed" if closed.is_set() else f"took more than {timeout:g} s"
+                    raise EngineError(f"the command of reload= {why}: {' '.join(words)}")
+        finally:
+            if child.returncode is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        if child.returncode:
+            log.seek(0)
+            lines = log.read().decode(errors="replace").strip().splitlines()
+            last = " | ".join(line.strip() for line in lines[-4:]) or "(nothing)"
+            raise EngineError(
+                f"the command of reload= ended with status {child.returncode}: {last}"
+            )
+
+
+def _running(child: subprocess.Popen) -> bool:
+    try:
+        child.wait(0.1)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
