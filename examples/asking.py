@@ -56,7 +56,7 @@ def ask(
     key: PRNGKeyArray,
     size: int,
     meshes: Meshes,
-    version: int = 0,
+    version: int,
 ) -> Asked:
     """Asks for completions of all prompts, `size` prompts a pass.
 

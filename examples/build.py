@@ -10,7 +10,6 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import equinox as eqx
 import optax
 from options import Config, Optim
 
@@ -79,7 +78,7 @@ def plugin_builders(plugins: tuple[str, ...]) -> dict[str, Callable]:
         found |= {
             name: x
             for name, x in vars(module).items()
-            if (inspect.isfunction(x) or (inspect.isclass(x) and issubclass(x, eqx.Module)))
+            if (inspect.isfunction(x) or inspect.isclass(x))
             and x.__module__ == module.__name__
             and not name.startswith("_")
         }

@@ -15,7 +15,7 @@ from spread import join, own_share
 from task import Task
 
 import eqrl
-from eqrl import data, models, rewards, samplers, tracking
+from eqrl import data, rewards, samplers, tracking
 
 
 # Completions a pass. A constant: accuracy must not depend on how training is batched.
@@ -67,24 +67,24 @@ class Evaluator:
         )
         self.samples: list[tracking.Sample] = []
 
-    def light(self, policy: models.Transformer) -> dict[str, float]:
+    def light(self, state: eqrl.TrainState) -> dict[str, float]:
         """`eval/*` on the first `--eval.prompts` problems."""
-        return self._evaluate(policy, self._config.eval.prompts, "eval")
+        return self._evaluate(state, self._config.eval.prompts, "eval")
 
-    def full(self, policy: models.Transformer) -> dict[str, float]:
+    def full(self, state: eqrl.TrainState) -> dict[str, float]:
         """`eval_full/*` on `--eval.full` problems (0 = all), and the same numbers as `eval/*`."""
         if self._config.eval.full is None:
             return {}
-        found = self._evaluate(policy, self._config.eval.full, "eval_full")
+        found = self._evaluate(state, self._config.eval.full, "eval_full")
         found["eval_full/accuracy"] = found["eval_full/acc_strict"]
         same = {name.replace("_full", "", 1): x for name, x in found.items()}
         return {name: x for name, x in same.items() if name.startswith("eval/")} | found
 
-    def _evaluate(self, policy: models.Transformer, count: int, prefix: str) -> dict[str, float]:
+    def _evaluate(self, state: eqrl.TrainState, count: int, prefix: str) -> dict[str, float]:
         start = time.perf_counter()
         size = len(self._held_out.records)
         chosen = range(min(count or size, size))
-        rollout = self._complete(policy, chosen)
+        rollout = self._complete(state, chosen)
         records = [self._held_out.records[i] for i in chosen for _ in range(self._sampling.samples)]
         judge = functools.partial(self._judge, rollout=rollout, records=records)
         scored = judge(self._task.rewards)
@@ -110,9 +110,9 @@ class Evaluator:
             found[f"{prefix}/pass@{k}"] = eqrl.estimate_pass_at_k(correct, k)
         return found | {f"time/{prefix}": time.perf_counter() - start}
 
-    def _complete(self, policy: models.Transformer, chosen: Sequence[int]) -> Any:
+    def _complete(self, state: eqrl.TrainState, chosen: Sequence[int]) -> Any:
         """A rollout of NumPy arrays, sampled a constant number of rows a pass."""
-        policy = to_sample(policy, self._meshes, self._sampler)
+        policy = to_sample(state.policy, self._meshes, self._sampler)
         tokens = [self._held_out.tokens[i] for i in chosen]
         width = max(map(len, self._held_out.tokens))
         asked = ask(
@@ -124,6 +124,7 @@ class Evaluator:
             key=jr.key(self._config.seed + 2**16),
             size=max(1, _ROWS // self._sampling.samples),
             meshes=self._meshes,
+            version=int(state.updates),
         )
         return jax.tree.map(np.asarray, asked.result())
 

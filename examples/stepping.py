@@ -61,6 +61,7 @@ def collect(
     sampled: list[tuple[eqrl.Rollout, rewards.Scored]] = []
     baselines: list[tuple[eqrl.Rollout, rewards.Scored]] = []
     prompts, now = run.config.rollout.prompts or 1, int(state.updates)
+    ages: list[np.ndarray] = []
     policy = to_sample(state.policy, run.meshes, run.sampler)
 
     def begin(step: int, rows: list[int] | None = None, round: int = 0) -> Batch:
@@ -75,11 +76,12 @@ def collect(
             batch = ahead.take(step, begin) if round == 0 else begin(step, round=round)
             rollout = batch.asked.result()
             jax.block_until_ready(rollout)
+        rollout = _fresh(run, rollout, now, ages)
         with run.timer("reward"):
             rollout, scored = _reward(run, rollout, batch.rows)
         sampled.append((rollout, scored))
         if "greedy_rewards" in run.algorithm.requires:
-            rollout, judged = _with_greedy(run, policy, rollout, batch)
+            rollout, judged = _with_greedy(run, policy, rollout, batch, now)
             baselines.append(judged)
         return rollout
 
@@ -89,12 +91,11 @@ def collect(
         rollout, metrics = eqrl.refill(
             sample, run.algorithm.selection, prompts, rounds=run.config.algo.max_refills
         )
-    rollout, ages = _fresh(run, rollout, now)
-    return rollout, metrics | ages | _described(run, sampled, baselines)
+    return rollout, metrics | _aged(run, ages) | _described(run, sampled, baselines)
 
 
 def _ask(
-    run: Run, policy: models.Transformer, prompts: eqrl.Prompts, sampling, *, key, version=0
+    run: Run, policy: models.Transformer, prompts: eqrl.Prompts, sampling, *, key, version
 ) -> Asked:
     return ask(
         run.sampler,
@@ -108,20 +109,28 @@ def _ask(
     )
 
 
-def _fresh(run: Run, rollout: eqrl.Rollout, now: int) -> tuple[eqrl.Rollout, dict[str, float]]:
-    """Without what is older than `--rollout.overlap` allows; ages are counted in updates."""
-    if not run.config.rollout.overlap:
-        return rollout, {}
-    live = np.asarray(rollout.mask).any(axis=1)
-    age = np.where(live, now - np.asarray(rollout.need("version")), 0)
-    updates = batch_plan(run.config).updates_per_step
-    stale = age > run.config.rollout.overlap * updates
-    metrics = {
-        "rollout/age_mean": float(age.sum() / max(live.sum(), 1)),
+def _fresh(run: Run, rollout: eqrl.Rollout, now: int, ages: list[np.ndarray]) -> eqrl.Rollout:
+    """Without what is older than `--rollout.overlap` allows; notes the ages, in updates."""
+    age = now - np.asarray(rollout.need("version"))
+    ages.append(age[np.asarray(rollout.mask).any(axis=1)])
+    return eqrl.apply(rollout, jnp.asarray(age <= _oldest(run)))
+
+
+def _oldest(run: Run) -> int:
+    """The age in updates that a completion may have."""
+    return run.config.rollout.overlap * batch_plan(run.config).updates_per_step
+
+
+def _aged(run: Run, ages: list[np.ndarray]) -> dict[str, float]:
+    """How old was what the step has sampled."""
+    age = np.concatenate(ages)
+    if not run.config.rollout.overlap or not age.size:
+        return {}
+    return {
+        "rollout/age_mean": float(age.mean()),
         "rollout/age_max": float(age.max()),
-        "rollout/stale_frac": float(stale.sum() / max(live.sum(), 1)),
+        "rollout/stale_frac": float((age > _oldest(run)).mean()),
     }
-    return eqrl.apply(rollout, jnp.asarray(~stale)), metrics
 
 
 def _with_greedy(
@@ -129,6 +138,7 @@ def _with_greedy(
     policy: models.Transformer,
     rollout: eqrl.Rollout,
     batch: Batch,
+    now: int,
 ) -> tuple[eqrl.Rollout, tuple[eqrl.Rollout, rewards.Scored]]:
     """The rollout with the reward of one greedy completion per prompt, on all rows of the prompt.
 
@@ -136,7 +146,7 @@ def _with_greedy(
     """
     with run.timer("rollout"):
         best = dataclasses.replace(run.sampling, samples=1, temperature=0.0)
-        greedy = _ask(run, policy, batch.prompts, best, key=jr.key(0)).result()
+        greedy = _ask(run, policy, batch.prompts, best, key=jr.key(0), version=now).result()
         jax.block_until_ready(greedy)
     with run.timer("reward"):
         greedy, scored = _reward(run, greedy, batch.rows)

@@ -164,6 +164,7 @@ def _prepare(
 ) -> tuple[Run, models.Transformer]:
     """What stays, and the policy to start from."""
     # What contradicts itself or cannot run here is refused before anything is loaded.
+    _check_backend(config, task)
     batch_on(config, stated_mesh(config))
     implementation_for(config, None, jax.default_backend())
     data.assert_disjoint(
@@ -218,19 +219,47 @@ def _prepare(
     return run, loaded.model
 
 
+def _check_backend(config: Config, task: Task) -> None:
+    """What would fail only after the model is loaded, or after the first update."""
+    text = config.rollout.backend
+    backend = build_backend(text, plugin_builders(config.plugins))
+    if isinstance(backend, samplers.ProcessEngine):
+        try:
+            backend.python()
+        except ValueError as error:
+            raise ValueError(f"--rollout.backend {text}: {error}") from None
+    if isinstance(backend, samplers.OpenAI) and backend.reload is None and config.steps:
+        raise ValueError(
+            f"--rollout.backend {text}: training changes the policy, and nothing tells the server; "
+            "give reload=, or --steps 0 to evaluate only"
+        )
+    if task.around is not None and config.rollout.overlap:
+        raise ValueError(
+            f"--rollout.overlap {config.rollout.overlap}: {task.name} is sampled turn by turn, so "
+            "nothing would be sampled while training; leave it out"
+        )
+
+
 def _sampler(config: Config, task: Task, tokenizer: Any, longest: int) -> samplers.Sampler:
     """What `--rollout.backend` names, as the task wants it; `longest` is that of all prompts."""
-    known = {}
-    if task.around is None:  # what a tool says takes room that nobody knows here
-        known["context_length"] = longest + (config.rollout.max_tokens or 0) + 16
-    plugins = plugin_builders(config.plugins)
-    sampler = build_backend(config.rollout.backend, plugins, **known)
+    around = task.around or (lambda sampler, _: sampler)
+    wrapped = around(samplers.Decoder(), tokenizer)
+    room = config.rollout.max_tokens or 0
+    room = wrapped.room(room) if isinstance(wrapped, samplers.Turns) else room
+    context = longest + room + 16  # engines keep some tokens free
+    plugins, text = plugin_builders(config.plugins), config.rollout.backend
+    sampler = build_backend(text, plugins, context_length=context)
+    if getattr(sampler, "context_length", context) < context:
+        raise ValueError(
+            f"--rollout.backend {text}: the context is too short for this run; give "
+            f"context_length={context}, or leave it out"
+        )
     if samplers.engine_of(sampler) is not None and jax.process_count() > 1:
         raise ValueError(
             f"--rollout.backend {config.rollout.backend}: an engine serves one process, and there "
             f"are {jax.process_count()}; use naive, which samples on the mesh of all of them"
         )
-    return sampler if task.around is None else task.around(sampler, tokenizer)
+    return around(sampler, tokenizer)
 
 
 @contextlib.contextmanager
@@ -244,6 +273,8 @@ def _engine(run: Run, policy: models.Transformer) -> Iterator[None]:
         try:
             print(f"starting {run.config.rollout.backend}", flush=True)
             engine.start(policy)
+            facts = getattr(engine, "facts", {})
+            print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
         except (ValueError, samplers.EngineError) as error:
             raise SystemExit(f"error: --rollout.backend: {error}") from None
         yield
@@ -349,7 +380,7 @@ def _train(
             run.sampler,
         )
         if done == 0 and not spread.agreed(stop.requested):
-            tracker.log(0, evaluate.full(state.policy))
+            tracker.log(0, evaluate.full(state))
         while done < steps and not spread.agreed(stop.requested):
             with run.timer.step():
                 rollout, metrics = collect(run, state, stream, ahead, done)
@@ -366,11 +397,11 @@ def _train(
             every = config.eval.every
             if every and done % every == 0 and done < steps:
                 if not spread.agreed(stop.requested):
-                    tracker.log(done, evaluate.light(state.policy))
+                    tracker.log(done, evaluate.light(state))
         if done > saved:
             save()
         if not spread.agreed(stop.requested) and (steps > 0 or done > 0):
-            tracker.log(done, evaluate.full(state.policy))
+            tracker.log(done, evaluate.full(state))
     except samplers.EngineError as error:
         # The steps that are done are worth keeping; --resume goes on from here.
         if done > saved:

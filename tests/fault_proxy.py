@@ -18,7 +18,7 @@ class FaultProxy:
 
     Args:
         port: of the server.
-        faults: in the order of arrival.
+        faults: in the order of arrival; `None` is none.
         delay: seconds of "slow".
         asks: changes each completion's request.
         answers: changes each completion's answer.
@@ -30,7 +30,7 @@ class FaultProxy:
     def __init__(
         self,
         port: int,
-        faults: Iterable[str | int] = (),
+        faults: Iterable[str | int | None] = (),
         *,
         delay: float = 1.0,
         asks: Callable[[dict], dict] = lambda body: body,

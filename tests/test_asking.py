@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from asking import Ahead, Batch, ask
 from backends import build_backend
-from stepping import _fresh
+from stepping import _aged, _fresh
 from test_training import TINY, _metrics, _task
 from training import train
 
@@ -63,6 +63,50 @@ def test_backends_that_do_not_read_are_refused(text, words, capsys):
     assert exit.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "--rollout.backend" in said and words in said
+
+
+def test_a_backend_of_a_plugin_is_found_by_its_name(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import dataclasses\nfrom eqrl import samplers\n"
+        "@dataclasses.dataclass\nclass Mine:\n    loud: bool = False\n"
+        "    def __call__(self, *args, **kwargs):\n"
+        "        return samplers.Decoder()(*args, **kwargs)\n"
+        "@dataclasses.dataclass(eq=False)\nclass Theirs(samplers.OwnProcess):\n    more: int = 1\n"
+    )
+    for text in ("Mine(loud=True)", "Theirs(more=2, timeout=9)"):
+        config = cli.parse(["--plugins", str(file), "--rollout.backend", text])
+        assert config.rollout.backend == text
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        ("openai(url='http://127.0.0.1:1/v1')", "give reload=, or --steps 0"),
+        ("sglang-jax(python_path='/nowhere')", "install_sglang_jax"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_before_the_model_is_loaded(
+    backend, said, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("training._load", lambda *_: pytest.fail("the model was loaded"))
+    config = cli.parse([*TINY, "--rollout.backend", backend, "--run-dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match=said):
+        train(config, lambda _: _task())
+
+
+def test_tools_and_overlap_do_not_go_together(tmp_path):
+    words = [*TINY, *SAMPLER, "--rollout.overlap", "1", "--run-dir", str(tmp_path)]
+    task = dataclasses.replace(_task(), around=lambda sampler, _: sampler)
+    with pytest.raises(SystemExit, match="sampled turn by turn"):
+        train(cli.parse(words), lambda _: task)
+
+
+def test_a_context_that_the_run_does_not_fit_is_refused_with_one_that_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(samplers.SGLangJax, "python", lambda self: "python")
+    words = [*TINY, "--rollout.backend", "sglang-jax(context_length=20)"]
+    with pytest.raises(SystemExit, match=r"too short for this run; give context_length=\d+"):
+        train(cli.parse([*words, "--run-dir", str(tmp_path)]), lambda _: _task())
 
 
 # --- ahead of training ----------------------------------------------------------------------------
@@ -126,10 +170,11 @@ def test_what_is_older_than_the_bound_trains_nothing_and_is_counted():
 
     run = Run()
     run.config = config  # pyright: ignore[reportAttributeAccessIssue]
-    kept, metrics = _fresh(run, rollout, 10)  # pyright: ignore[reportArgumentType]
+    ages: list[np.ndarray] = []
+    kept = _fresh(run, rollout, 10, ages)  # pyright: ignore[reportArgumentType]
     # Two steps of two updates: 4 updates old may stay, 5 may not; an empty row has no age.
     assert np.asarray(kept.mask).any(axis=1).tolist() == [True, True, False, False]
-    assert metrics == {
+    assert _aged(run, ages) == {  # pyright: ignore[reportArgumentType]
         "rollout/age_mean": pytest.approx(3.0),
         "rollout/age_max": 5.0,
         "rollout/stale_frac": pytest.approx(1 / 3),
@@ -190,7 +235,7 @@ class Flaky(samplers.Engine):
     def start(self, policy) -> None:
         pass
 
-    def submit(self, policy, prompts, sampling, *, key, version=0):
+    def submit(self, policy, prompts, sampling, *, key, version=None):
         self.good -= 1
         if self.good < 0:
             raise samplers.EngineError("the flaky engine is dead; it was asked too often")
@@ -205,8 +250,8 @@ class Flaky(samplers.Engine):
 @pytest.mark.parametrize("overlap", ["0", "1"])
 def test_a_dead_engine_costs_no_step_and_no_problem(tmp_path, monkeypatch, overlap):
     """The run ends with the engine's words, and its continuation trains on what would have come."""
-    engines = iter([Flaky(10**6), Flaky(4), Flaky(10**6)])
-    monkeypatch.setattr("training.build_backend", lambda *_, **__: next(engines))
+    engine = Flaky(10**6)
+    monkeypatch.setattr("training.build_backend", lambda *_, **__: engine)
     taken: dict[str, list] = {"whole": [], "parts": []}
     now = "whole"
     take = eqrl.data.PromptStream.take
@@ -224,11 +269,12 @@ def test_a_dead_engine_costs_no_step_and_no_problem(tmp_path, monkeypatch, overl
         train(config, lambda _: _task())
 
     run("whole")
-    now = "parts"
+    now, engine = "parts", Flaky(4)
     with pytest.raises(SystemExit, match="error: the flaky engine is dead"):
         run("parts")
     status = json.loads((tmp_path / "parts" / "exit_status.json").read_text())
     assert status["step"] >= 1
+    engine = Flaky(10**6)
     run("parts")
     steps = [r["step"] for r in _metrics(tmp_path / "parts") if "loss/policy" in r]
     assert steps == [1, 2, 3, 4]

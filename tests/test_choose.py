@@ -13,7 +13,7 @@ import pytest
 from config import parse
 
 import eqrl
-from eqrl import algorithms, models, sharding
+from eqrl import algorithms, models, samplers, sharding
 
 
 # Parameters that are cut: two tables of 64 x 32, and a layer's 2 * 32 * 32 (queries and outputs),
@@ -246,7 +246,7 @@ def test_nothing_is_moved_for_one_device_or_one_mesh():
     mesh = sharding.make_mesh("data=8")
     policy = types.SimpleNamespace()
     for meshes in (layout.Meshes(), layout.Meshes(mesh, mesh)):
-        assert layout.to_sample(policy, meshes) is policy  # pyright: ignore
+        assert layout.to_sample(policy, meshes, samplers.Decoder()) is policy  # pyright: ignore
         assert layout.from_sampling(policy, meshes) is policy
 
 

@@ -1,19 +1,23 @@
 """Engines: order, deaths, ends, and what they refuse. What they sample is in `test_samplers.py`."""
 
 import dataclasses
+import gc
 import io
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_model
 
+from eqrl import sharding
 from eqrl._prompts import pad_prompts
 from eqrl.samplers import Decoder, EngineError, OwnProcess, Sampling, engine_of, submit
 from eqrl.samplers._process import SharedMemory
@@ -120,6 +124,49 @@ def test_a_policy_of_other_shapes_is_refused(engine):
     )
 
 
+def test_the_version_is_that_of_the_weights_that_sampled(engine):
+    """What is asked in between without one, as evaluation may, changes nothing."""
+    first, second = tiny_model(jax.random.key(31)), tiny_model(jax.random.key(32))
+    pending = [
+        engine.submit(first, PROMPTS, SAMPLING, key=KEY, version=5),
+        engine.submit(first, PROMPTS, SAMPLING, key=KEY),
+        engine.submit(second, PROMPTS, SAMPLING, key=KEY, version=6),
+    ]
+    assert [int(p.result().version[0]) for p in pending] == [5, 5, 6]
+    os.kill(_pid(engine), signal.SIGSTOP)
+    pending = [engine.submit(second, PROMPTS, SAMPLING, key=KEY, version=v) for v in (6, None)]
+    os.kill(_pid(engine), signal.SIGKILL)
+    assert [int(p.result().version[0]) for p in pending] == [6, 6]
+
+
+def test_another_dtype_is_refused_and_not_cast(engine):
+    engine.start(tiny_model())
+    with pytest.raises(ValueError, match="another architecture or dtype"):
+        engine.start(tiny_model(dtype=jnp.bfloat16))
+
+
+def test_settings_of_jax_reach_the_process():
+    """They are set here by code, and elsewhere would be what the environment says."""
+    usual = Decoder()(tiny_model(), PROMPTS, SAMPLING, key=KEY)
+    with jax.threefry_partitionable(not jax.config.jax_threefry_partitionable):
+        here = Decoder()(tiny_model(), PROMPTS, SAMPLING, key=KEY)
+        with OwnProcess() as engine:
+            _same(engine(tiny_model(), PROMPTS, SAMPLING, key=KEY), here)
+    assert not np.array_equal(here.tokens, usual.tokens)
+
+
+def test_weights_that_lie_on_many_devices_are_pushed_whole_and_kept_nowhere_else(engine):
+    model = tiny_model(jax.random.key(41), vocab=40)
+    mesh = sharding.make_mesh("fsdp=4,tensor=2")
+    spread = sharding.place(model, mesh, model.architecture)
+    with OwnProcess() as other:
+        _same(
+            other(spread, PROMPTS, SAMPLING, key=KEY),
+            Decoder()(model, PROMPTS, SAMPLING, key=KEY),
+        )
+    assert all(getattr(x, "_npy_value", None) is None for x in jax.tree.leaves(spread))
+
+
 # --- deaths and ends ------------------------------------------------------------------------------
 
 
@@ -158,21 +205,32 @@ def test_an_engine_that_dies_again_and_again_is_an_error_with_its_last_words(mon
         engine(tiny_model(), PROMPTS, SAMPLING, key=KEY)
 
 
-def test_a_slow_engine_is_named_and_ended():
+@pytest.mark.parametrize("prompts", [1, 512], ids=["few words", "more than a socket holds"])
+def test_a_slow_engine_is_named_and_ended(prompts):
     engine = OwnProcess()
     engine.start(tiny_model())
     pid, engine.timeout = _pid(engine), 0.2
     os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(EngineError, match=r"has not answered for 0 s; raise timeout="):
-        engine(tiny_model(), PROMPTS, SAMPLING, key=KEY)
+    many = pad_prompts([[3] * 500] * prompts, range(prompts))
+    with pytest.raises(EngineError, match=r"not answered for 0.2 s; raise timeout=.* its log") as e:
+        engine(tiny_model(), many, SAMPLING, key=KEY)
     assert _gone(pid)
+    assert _log(e).exists()
+
+
+def _log(error) -> pathlib.Path:
+    """The log that a message names."""
+    found = re.search(r"/\S+\.log", str(error.value))
+    assert found is not None
+    return pathlib.Path(found[0])
 
 
 def test_what_fails_while_loading_is_told_and_leaves_nothing():
     engine = OwnProcess(environment={"JAX_PLATFORMS": "nonexistent"})
-    with pytest.raises(EngineError, match="own-process engine failed: .*nonexistent"):
+    with pytest.raises(EngineError, match="own-process engine failed: .*nonexistent") as error:
         engine.start(tiny_model())
     assert engine._process is None
+    assert "Traceback" in _log(error).read_text()
 
 
 def test_closing_ends_the_process_and_what_is_owed_cannot_be_read():
@@ -181,9 +239,36 @@ def test_closing_ends_the_process_and_what_is_owed_cannot_be_read():
     pid = _pid(engine)
     engine.close()
     assert _gone(pid)
+    engine.start(tiny_model())  # another one, which owes nothing to the first
     with pytest.raises(EngineError, match="closed before it had answered"):
         pending.result()
+    log = pathlib.Path(engine._process.log)  # pyright: ignore[reportOptionalMemberAccess]
+    engine(tiny_model(), PROMPTS, SAMPLING, key=KEY)
+    engine.close()
+    assert not log.exists(), "where nothing went wrong, nothing stays"
     engine.close()  # again is fine
+
+
+def test_an_engine_that_nobody_refers_to_any_more_ends():
+    engine = OwnProcess()
+    engine.start(tiny_model())
+    pid = _pid(engine)
+    del engine
+    gc.collect()
+    assert _gone(pid)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"timeout": 0}, "timeout=0 must be seconds above 0"),
+        ({"start_timeout": -5}, "start_timeout=-5"),
+        ({"restarts": -1}, "restarts=-1"),
+    ],
+)
+def test_options_that_cannot_be_right_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        OwnProcess(**options)
 
 
 def test_an_engine_has_a_session_of_its_own(engine):
@@ -283,5 +368,5 @@ def test_seeds_hang_on_key_prompt_and_sample_alone():
 )
 def test_a_completion_that_breaks_the_contract_is_refused(tokens, logprobs):
     good = Completion([3, 1], [-1.0, -2.0], True)
-    with pytest.raises(RuntimeError, match="where 1 to 12 of each were asked for"):
+    with pytest.raises(EngineError, match="where 1 to 12 of each were asked for"):
         to_rollout(PROMPTS, SAMPLING, [good] * 5 + [Completion(tokens, logprobs, False)])

@@ -1,8 +1,12 @@
 """The `openai` backend at a real llama.cpp server: faults, lies, weights, and what it says."""
 
+import http.server
 import pathlib
+import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -17,8 +21,10 @@ from write_gguf import write_gguf
 from eqrl._prompts import pad_prompts
 from eqrl._types import Rollout
 from eqrl.models import Transformer, load, save, smollm2
-from eqrl.samplers import Decoder, EngineError, OpenAI, Sampling
+from eqrl.samplers import Decoder, EngineError, OpenAI, Sampling, _session
 from eqrl.samplers._completions import body, read, sampled
+from eqrl.samplers._fingerprint import Fingerprints
+from eqrl.samplers._http import Client
 from eqrl.samplers._verify import surprise, verify
 
 
@@ -113,6 +119,77 @@ def test_nobody_there_is_said_at_once(policy):
     assert time.monotonic() - began < 5
 
 
+def _refusal(*args, **options) -> str:
+    """What `start` says, within a second or so."""
+    began = time.monotonic()
+    with OpenAI(*args, **options) as engine, pytest.raises(EngineError) as caught:
+        engine.start(tiny_model())
+    assert time.monotonic() - began < 5
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The port of a server of files, which is no completions server."""
+    folder, port = tmp_path_factory.mktemp("pages"), llama_server.free_port()
+    (folder / "v1").mkdir()
+    (folder / "v1" / "models").write_text("<html>\n<body>\nhello\n</html>\n" * 99)
+    words = [sys.executable, "-m", "http.server", str(port), "-b", "127.0.0.1", "-d", str(folder)]
+    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except OSError:
+            time.sleep(0.05)
+    yield port
+    child.kill()
+    child.wait()
+
+
+def test_another_kind_of_server_is_said_at_once_and_in_one_line(pages):
+    root = f"http://127.0.0.1:{pages}"
+    asked = r"is url= the root of the API, which usually ends in /v1\?$"
+    assert re.search("HTTP 404 to /models; " + asked, _refusal(root))
+    assert re.search("HTTP 501 to /completions; " + asked, _refusal(root, model="m"))
+    assert re.search("answered /models with a page of HTML; " + asked, _refusal(f"{root}/v1"))
+    assert "TLS fails" in _refusal(f"https://127.0.0.1:{pages}/v1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet():
+            with listener.accept()[0] as channel:
+                channel.recv(1000)
+                channel.sendall(b"SSH-2.0-OpenSSH\r\n\r\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert re.search("not HTTP; " + asked, _refusal(url))
+
+
+@pytest.mark.parametrize("reload", [None, (sys.executable, "-c", "pass", "{folder}")])
+def test_an_unknown_host_is_said_at_once_even_with_a_reload(reload):
+    said = _refusal("http://no-such-host.invalid:8000/v1", reload=reload)
+    assert "no host is known as no-such-host.invalid" in said and said.endswith("fix url=")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = _refusal("http://127.0.0.1:1/v1", folder=str(tmp_path / "file" / "below"))
+    assert "no checkpoint can be written" in said and "folder=" in said
+
+
+def test_long_waits_are_said_once(capfd, monkeypatch, policy):
+    monkeypatch.setattr(_session, "_QUIET", 0.3)
+    url = f"http://127.0.0.1:{llama_server.free_port()}/v1"
+    nothing = (sys.executable, "-c", "pass", "{folder}")
+    with OpenAI(url, reload=nothing, start_timeout=1.5) as engine:
+        with pytest.raises(EngineError, match="has not answered for 1.5 s"):
+            engine.start(policy)
+    assert capfd.readouterr().err == f"waiting for {url} to answer\n"
+
+
 @needs_server
 def test_a_server_that_dies_is_an_error_and_one_that_is_back_goes_on(server, policy):
     with OpenAI(server.url, retries=1) as engine:
@@ -130,17 +207,110 @@ def test_close_ends_what_is_under_way_and_the_next_use_starts_anew(server, polic
         engine = OpenAI(proxy.url, checks=0)
         asked = engine.submit(policy, PROMPTS, SAMPLING, key=jax.random.key(1))
         session = engine._session
-        assert session is not None and session.folder.is_dir()
+        assert session is not None and session.place.is_dir()
         time.sleep(0.3)
         began = time.monotonic()
         engine.close()
         with pytest.raises(EngineError, match="closed before"):
             asked.result()
         assert time.monotonic() - began < 2
-        assert not session.folder.exists()
+        assert not session.place.exists()
     engine.url = server.url
     with engine:
         assert len(_texts(_ask(engine, policy))) == 16
+
+
+class Hook:
+    """An address for `reload`: keeps the headers that it gets, answers after `delay` seconds."""
+
+    def __init__(self, delay: float = 0.0):
+        self.headers: list[dict[str, str]] = []
+        hook = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                hook.headers.append(dict(self.headers))
+                self.rfile.read(int(self.headers["Content-Length"]))
+                time.sleep(delay)
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+            def log_message(self, *_):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads, self._server.block_on_close = True, False
+        self.port = self._server.server_address[1]
+
+    def __enter__(self) -> "Hook":
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_close_does_not_wait_for_a_reload(policy):
+    with Hook(delay=20.0) as hook:
+        engine = OpenAI("http://127.0.0.1:1/v1", reload=f"http://127.0.0.1:{hook.port}/x", checks=0)
+        asked = engine.submit(policy, PROMPTS, SAMPLING, key=jax.random.key(1))
+        deadline = time.monotonic() + 10
+        while not hook.headers and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert hook.headers
+        began = time.monotonic()
+        engine.close()
+        with pytest.raises(EngineError, match="closed before"):
+            asked.result()
+        assert time.monotonic() - began < 1
+
+
+def test_nothing_is_reloaded_after_close(policy, tmp_path):
+    code = "import sys, time; open(sys.argv[2], 'a').write('x'); time.sleep(30)"
+    command = (sys.executable, "-c", code, "{folder}", str(tmp_path / "ran"))
+    engine = OpenAI("http://127.0.0.1:1/v1", reload=command, checks=0)
+    asked = [
+        engine.submit(_moved(policy, i), PROMPTS, SAMPLING, key=jax.random.key(1)) for i in range(3)
+    ]
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "ran").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    engine.close()
+    for one in asked:
+        with pytest.raises(EngineError, match="closed"):
+            one.result()
+    time.sleep(0.3)
+    assert (tmp_path / "ran").read_text() == "x"
+
+
+@pytest.mark.parametrize(("host", "sent"), [("127.0.0.1", True), ("localhost", False)])
+def test_the_key_goes_to_no_other_host(policy, monkeypatch, host, sent):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    url = f"http://127.0.0.1:{llama_server.free_port()}/v1"
+    with Hook() as hook:
+        there = f"http://{host}:{hook.port}/x"
+        with OpenAI(url, reload=there, start_timeout=0.5) as engine:
+            assert "secret" not in repr(engine)
+            with pytest.raises(EngineError, match="has not answered"):
+                engine.start(policy)
+            assert "secret" not in repr(engine._session)
+    assert [headers.get("Authorization") for headers in hook.headers] == [
+        "Bearer secret" if sent else None
+    ]
+
+
+def test_the_key_goes_from_https_to_https_only():
+    options = dict(timeout=1.0, retries=0, key="secret", closed=threading.Event())
+    for url, there, sent in (
+        ("https://a/v1", "https://a/x", True),
+        ("https://a/v1", "http://a/x", False),
+        ("http://a/v1", "https://a:9/x", True),
+        ("https://a/v1", "https://a.b/x", False),
+    ):
+        client = Client(url, **options).at(there, timeout=1.0)
+        assert ("Authorization" in client._headers) is sent
 
 
 # --- what the server must not do ---
@@ -276,6 +446,103 @@ def test_a_reload_that_does_nothing_is_caught(server, policy):
             _ask(engine, tiny_model(jax.random.key(8)))
 
 
+def _moved(policy: Transformer, times: int, size: float = 0.0) -> Transformer:
+    """Other arrays: each `times` small steps away."""
+    return jax.tree.map(lambda x: x + size * times * x.std(), policy)
+
+
+def _until(times: int, counter: pathlib.Path, command: tuple[str, ...]) -> tuple[str, ...]:
+    """A reload that does nothing after so many times."""
+    code = (
+        "import pathlib, subprocess, sys\n"
+        "file = pathlib.Path(sys.argv[1]); done = len(file.read_text()) if file.exists() else 0\n"
+        "file.write_text('x' * (done + 1))\n"
+        "if done < int(sys.argv[2]): sys.exit(subprocess.run(sys.argv[3:]).returncode)\n"
+    )
+    return (sys.executable, "-c", code, str(counter), str(times), *command)
+
+
+@needs_server
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-3], ids=lambda size: f"steps of {size:g}")
+def test_a_reload_that_does_nothing_later_on_is_caught(policy, tmp_path, size):
+    """Steps of 1e-3 change log-probs by less than the tolerance, and by more than 1e-3 nats."""
+    said = "other weights than the policy" if size == 1.0 else "still has old weights.*reload="
+    policies = [tiny_model(jax.random.key(i)) for i in range(5)]
+    if size != 1.0:
+        policies = [_moved(policy, i, size) for i in range(5)]
+    with LlamaServer(tmp_path / "policy.gguf") as server:
+        reload = _until(3, tmp_path / "count", server.reload(1))
+        with OpenAI(server.url, reload=reload, cut_at_stop=True) as engine:
+            asked = [
+                engine.submit(x, PROMPTS, Sampling(2, 8, (1,)), key=jax.random.key(1))
+                for x in policies
+            ]
+            for good in asked[:3]:
+                good.result()
+            for stale in asked[3:]:
+                with pytest.raises(EngineError, match=said):
+                    stale.result()
+            assert engine._session is not None
+            assert len(list(engine._session.place.iterdir())) == 3, "the served one, and two failed"
+        assert not engine._session
+
+
+@needs_server
+def test_honest_reloads_pass_however_small_the_update(policy, tmp_path):
+    sizes = [0, 1e-1, 0, 1e-2, 1e-3, 1e-5, 1e-7, 0]
+    with LlamaServer(tmp_path / "policy.gguf") as server:
+        with OpenAI(server.url, reload=server.reload(1), checks=0, tolerance=1e-3) as engine:
+            asked = [
+                engine.submit(_moved(policy, 1, x), PROMPTS, SAMPLING, key=jax.random.key(1))
+                for x in sizes
+            ]
+            assert [len(_texts(x.result())) for x in asked] == [16] * len(sizes)
+
+
+def _copies(policy: Transformer, count: int) -> list[Transformer]:
+    return [jax.tree.map(lambda x: x + 0, policy) for _ in range(count)]
+
+
+@needs_server
+def test_later_policies_are_not_waited_for(server, policy):
+    nothing = (sys.executable, "-c", "pass", "{folder}")
+    first, second, third = _copies(policy, 3)
+    with FaultProxy(server.port, [None] * 32 + ["slow"] * 16, delay=1.0) as proxy:
+        with OpenAI(proxy.url, reload=nothing, concurrency=16) as engine:
+            for waited in (first, second):
+                assert engine.submit(
+                    waited, PROMPTS, SAMPLING, key=jax.random.key(1)
+                ).job.future.done()
+            asked = engine.submit(third, PROMPTS, SAMPLING, key=jax.random.key(1))
+            assert not asked.job.future.done()
+            # Greedy is new, so it is compared, whichever policy this is.
+            greedy = engine.submit(third, PROMPTS, Sampling(1, 4, (1,), 0), key=jax.random.key(1))
+            assert greedy.job.future.done()
+            asked.result()
+
+
+@pytest.mark.parametrize("noise", [1e-5, 1e-2])
+def test_fingerprints_of_noisy_servers(noise):
+    """As a server of other rounding answers; `noise` is the same for the same weights."""
+    rng = np.random.default_rng(0)
+    rounded = lambda own: own + rng.normal(0, noise, own.shape)  # noqa: E731
+    answer = lambda said: (said.argmax(axis=1), said.max(axis=1))  # noqa: E731
+    for size in (1e-4, 5e-3, 0.3):
+        prints, own = Fingerprints(0.05, "it"), rng.normal(-3, 1, (8, 100))
+        for _ in range(200):
+            own = own + rng.normal(0, size, own.shape)
+            said = rounded(own)
+            prints.check(own, *answer(said))
+        steps = 0
+        with pytest.raises(EngineError, match="check reload="):
+            while steps < 10_000:
+                steps += 1
+                own = own + rng.normal(0, size, own.shape)
+                prints.check(own, *answer(said))
+        # Small updates add up to what counts.
+        assert steps == 1 if size >= 5e-3 else steps > 5
+
+
 @needs_server
 @pytest.mark.parametrize(
     ("code", "said"),
@@ -300,7 +567,12 @@ def test_a_reload_that_does_not_start_says_so(policy):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"url": None}, r"url= is missing; give .*openai\(url='http://127.0.0.1:8000/v1'\)"),
         ({"url": "127.0.0.1:8000"}, "must be an http"),
+        ({"url": "http://x:port/v1"}, "url='http://x:port/v1' must be"),
+        ({"reload": "http://x:port/v1"}, "reload='http://x:port/v1' must be"),
+        ({"checks": -1}, "checks=-1 must be .*None: all"),
+        ({"start_timeout": float("inf")}, "start_timeout=inf"),
         ({"reload": "./reload.sh {folder}"}, "tuple of strings"),
         ({"reload": ("./reload.sh",)}, "folder"),
         ({"concurrency": 0}, "concurrency=0"),
@@ -311,6 +583,30 @@ def test_a_reload_that_does_not_start_says_so(policy):
 def test_bad_options_are_refused_by_name(options, said):
     with pytest.raises(ValueError, match=said):
         OpenAI(**{"url": "http://127.0.0.1:8000/v1", **options})
+    if "url" not in options:
+        with pytest.raises(ValueError, match="url= is missing"):
+            OpenAI(**options)
+
+
+def test_options_of_other_types_are_refused_by_name():
+    """As the command line gives them, where no types are checked."""
+    wrong = (
+        {"url": 8000}, {"reload": 5}, {"reload": ("x", 5, "{folder}")}, {"concurrency": "8"},
+        {"concurrency": True}, {"checks": 1.5}, {"timeout": "3"}, {"model": 5}, {"folder": 5},
+        {"cut_at_stop": 1},
+    )  # fmt: skip
+    code = (
+        "from eqrl.samplers import OpenAI\n"
+        f"for options in {wrong!r}:\n"
+        "    try: OpenAI(**{'url': 'http://127.0.0.1:8000/v1', **options})\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert len(said) == len(wrong), done
+    for options, line in zip(wrong, said, strict=True):
+        ((name, value),) = options.items()
+        assert line.startswith(f"{name}={value!r} must be ")
 
 
 # --- other layouts, which no server here answers ---

@@ -59,7 +59,8 @@ def test_heads_repeat_where_devices_are_more():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"context_length": 0}, "context_length=0 must be at least 1"),
+        ({"context_length": 0}, "context_length=0 must be a whole number"),
+        ({"tolerance": -1}, "tolerance=-1"),
         ({"max_total_tokens": -1}, "max_total_tokens=-1"),
         ({"mem_fraction_static": 1.5}, "between 0 and 1"),
         ({"dtype": "float16"}, "dtype='float16'"),
@@ -87,7 +88,7 @@ def test_a_missing_environment_is_refused_with_the_command_that_makes_it(monkeyp
 def test_a_context_that_is_too_short_is_refused_before_anything_starts():
     engine = SGLangJax(context_length=64, python_path="/nowhere")
     prompts = pad_prompts([[1] * 50, [2]], [0, 1], step=4)
-    with pytest.raises(ValueError, match="give at least 68"):
+    with pytest.raises(EngineError, match="give at least 68"):
         engine.submit(tiny_model(), prompts, Sampling(1, 10, (1,)), key=jax.random.key(0))
 
 
@@ -158,5 +159,12 @@ def test_weights_in_the_wrong_place_are_noticed_on_the_first_rollout(monkeypatch
     monkeypatch.setattr(SGLangJax, "prepared", swapped)
     prompts = pad_prompts([[3, 4, 5]], [4], step=4)
     with SGLangJax(128, 8) as engine, pytest.raises(EngineError, match="other weights"):
+        engine.start(tiny_model())  # as the examples do
         engine(tiny_model(), prompts, Sampling(4, 30, (1,)), key=jax.random.key(0))
     assert engine._process is None
+
+
+@needs_engine
+def test_more_devices_than_there_are_is_told_and_not_taken_for_a_lack_of_memory():
+    with pytest.raises(EngineError, match=r"tp_size=2, but the engine sees 1 of cpu"):
+        SGLangJax(128, 8, tp_size=2, environment={"XLA_FLAGS": ""}).start(tiny_model(vocab=38))

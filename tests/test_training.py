@@ -74,7 +74,14 @@ def test_passes_change_no_completion(passes, mesh):
     config = parse(["--rollout.prompts", "5", "--rollout.samples", "2", "--rollout.passes", passes])
     size, key = batch_plan(config).prompts_per_pass, jax.random.key(3)
     got = ask(
-        decoder, policy, prompts, sampling, key=key, size=size, meshes=Meshes(where, where)
+        decoder,
+        policy,
+        prompts,
+        sampling,
+        key=key,
+        size=size,
+        meshes=Meshes(where, where),
+        version=0,
     ).result()
     want = decoder(policy, prompts, sampling, key=key)
     got = dataclasses.replace(got, version=None)

@@ -166,7 +166,8 @@ def _arrays(model):
 def test_only_the_first_prints_and_writes(runs):
     _, (_, stopped), _, (_, resumed) = runs
     for output in (stopped[1], resumed[1]):
-        lines = [line for line in output.splitlines() if "Gloo" not in line]
+        # Gloo's own lines, which two threads of it sometimes write into each other.
+        lines = [line for line in output.splitlines() if not re.search("Gloo|peer ranks", line)]
         assert lines[0] == "process 1/2"
         rest = [line for line in lines[1:] if not line.startswith(("SIGTERM", "WARNING"))]
         assert rest == [], output

@@ -21,12 +21,26 @@ class Unanswered(EngineError):
     """No answer, or none that can be used, this time; the same request may be sent again.
 
     Attributes:
-        refused: nobody listens.
+        fault: "address" if time does not mend it (no such host, no TLS); "silent" if there was no
+            connection; "strange" if what answered does not speak this API; "" otherwise.
     """
 
-    def __init__(self, why: str, refused: bool = False):
+    def __init__(self, why: str, fault: str = ""):
         super().__init__(why)
-        self.refused = refused
+        self.fault = fault
+
+
+class Refused(EngineError):
+    """An answer that says no.
+
+    Attributes:
+        status: of HTTP.
+        path: that was asked for.
+    """
+
+    def __init__(self, url: str, path: str, status: int, why: str):
+        super().__init__(f"{url}{path} refused with HTTP {status}: {why}")
+        self.status, self.path = status, path
 
 
 class Client:
@@ -34,7 +48,7 @@ class Client:
 
     Args:
         url: root of the API, without a slash at its end.
-        timeout: seconds of silence after which a request has failed.
+        timeout: seconds without a byte of the answer, after which a request has failed.
         retries: how often a request that failed is sent again.
         key: sent as a bearer token if it is not empty.
         closed: set when answers are not wanted any more.
@@ -55,8 +69,17 @@ class Client:
         self._lock = threading.Lock()
 
     def at(self, url: str, *, timeout: float) -> "Client":
-        """One for another address, without retries."""
-        return Client(url, timeout=timeout, retries=0, key=self._key, closed=self.closed)
+        """One for another address, without retries; `close` ends its connections too.
+
+        The key goes along to the same host only, and never from https to http.
+        """
+        new = urllib.parse.urlsplit(url)
+        old = self._parts
+        trusted = new.hostname == old.hostname and (new.scheme == "https" or old.scheme == "http")
+        key = self._key if trusted else ""
+        there = Client(url, timeout=timeout, retries=0, key=key, closed=self.closed)
+        there._open, there._lock = self._open, self._lock
+        return there
 
     def ask(self, path: str, body: Any) -> Any:
         """The answer to a POST; sent again, later and later, while the fault may pass.
@@ -96,19 +119,21 @@ class Client:
             status, content = self._exchange(path, body)
         except (OSError, http.client.HTTPException) as error:
             self.hang_up()
-            if isinstance(error, ssl.SSLCertVerificationError):
-                raise EngineError(f"{self.url} has no valid certificate: {error}") from None
-            why = str(error) or type(error).__name__
-            raise Unanswered(why, isinstance(error, ConnectionRefusedError)) from None
-        if status == 429 or status >= 500:
+            if self.closed.is_set():
+                raise EngineError(
+                    f"the engine at {self.url} was closed before it had answered"
+                ) from None
+            raise self._unanswered(error) from None
+        if status == 429 or (status >= 500 and status != 501):
             raise Unanswered(f"HTTP {status}: {_message(content)}")
         if status >= 300:
-            raise EngineError(f"{self.url}{path} refused with HTTP {status}: {_message(content)}")
+            raise Refused(self.url, path, status, _message(content))
         try:
             return json.loads(content)
         except ValueError as error:
             self.hang_up()
-            raise Unanswered(f"an answer that is no JSON ({error})") from None
+            what = "a page of HTML" if content.lstrip()[:1] == b"<" else f"no JSON ({error})"
+            raise Unanswered(f"it answered {path} with {what}", "strange") from None
 
     def close(self) -> None:
         """Ends all connections; threads that wait for an answer get an error."""
@@ -120,14 +145,35 @@ class Client:
                 except OSError:
                     pass
 
+    def _unanswered(self, error: Exception) -> Unanswered:
+        if isinstance(error, socket.gaierror):
+            host = self._parts.hostname
+            return Unanswered(f"no host is known as {host} ({error.strerror})", "address")
+        if isinstance(error, ssl.SSLError):
+            why = getattr(error, "verify_message", "") or error.reason or str(error)
+            return Unanswered(f"its TLS fails ({why})", "address")
+        if isinstance(error, _NoConnection):
+            return Unanswered(str(error), "silent")
+        # An end without an answer counts as one of these, and is the network's fault.
+        if isinstance(error, http.client.BadStatusLine) and not isinstance(error, OSError):
+            return Unanswered("what it answers is not HTTP", "strange")
+        return Unanswered(str(error) or type(error).__name__)
+
     def _exchange(self, path: str, body: Any) -> tuple[int, bytes]:
         connection = getattr(self._mine, "connection", None) or self._dial()
         data = None if body is None else json.dumps(body).encode()
         verb = "GET" if body is None else "POST"
         if connection.sock is None:
-            connection.connect()
+            try:
+                connection.connect()
+            except (socket.gaierror, ssl.SSLError):
+                raise
+            except OSError as error:
+                raise _NoConnection(str(error) or type(error).__name__) from None
             assert connection.sock is not None
             connection.sock.settimeout(self._timeout)
+            if self.closed.is_set():  # a moment ago, when there was nothing to end yet
+                raise OSError("closed")
         connection.request(verb, self._parts.path + path, data, self._headers)
         response = connection.getresponse()
         return response.status, response.read()
@@ -153,12 +199,17 @@ class Client:
             self._mine.connection = None
 
 
+class _NoConnection(OSError):
+    """Nobody took the call."""
+
+
 def _message(content: bytes) -> str:
-    """What an error says, in whatever layout."""
+    """What an error says, in whatever layout, on one short line."""
     text = content.decode(errors="replace").strip()
     try:
         found = json.loads(text)
         found = found.get("error", found)
-        return str(found.get("message", found) if isinstance(found, dict) else found)[:300]
+        text = str(found.get("message", found) if isinstance(found, dict) else found)
     except (ValueError, AttributeError):
-        return text[:300] or "(no reason given)"
+        text = "(a page of HTML)" if text.startswith("<") else text
+    return " ".join(text.split())[:150] or "(no reason given)"

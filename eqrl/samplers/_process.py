@@ -1,6 +1,5 @@
 """The trainer's side of a worker process: its start, its messages in order, its end."""
 
-import atexit
 import mmap
 import os
 import pathlib
@@ -10,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import weakref
 from collections.abc import Mapping
 from io import BufferedIOBase
 from typing import IO
@@ -38,10 +38,11 @@ class SharedMemory:
             self.file = tempfile.TemporaryFile()
         self.file.truncate(size)
         self.map = mmap.mmap(self.file.fileno(), size)
+        self._end = weakref.finalize(self, self.file.close)
 
     def close(self) -> None:
         self.map.close()
-        self.file.close()
+        self._end()
 
 
 def _available_bytes() -> int | None:
@@ -74,45 +75,36 @@ class Process:
         environment: Mapping[str, str],
     ):
         self._name = name
-        self._log = tempfile.NamedTemporaryFile(prefix=f"eqrl-{name}-", suffix=".log", delete=False)
+        self.dead = False  # rather than slow
+        file, self.log = tempfile.mkstemp(prefix=f"eqrl-{name}-", suffix=".log")
+        self._keep_log = False
         ours, theirs = socket.socketpair()
         fds = theirs.fileno(), memory.file.fileno()
-        # Fresh file descriptors in the child; a session of its own, so that Ctrl-C reaches the
-        # trainer alone, and so that what the engine starts ends with it.
+        # A session of its own, so that Ctrl-C reaches the trainer alone, and so that what the
+        # engine starts ends with it.
         self._child = subprocess.Popen(
             [python, str(_FOLDER / "__main__.py"), module, *map(str, fds)],
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
+            stdout=file,
             stderr=subprocess.STDOUT,
             pass_fds=fds,
             start_new_session=True,
         )
+        os.close(file)
         theirs.close()
-        self._socket = ours
-        self._stream: BufferedIOBase = ours.makefile("rwb")
-        self.dead = False  # rather than slow
+        stream = ours.makefile("rwb")
         self._answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, daemon=True).start()
-        atexit.register(self.close)
-
-    def _listen(self) -> None:
-        try:
-            while True:
-                self._answers.put(receive(self._stream))
-        except (EOFError, OSError, ValueError):
-            self._answers.put(None)
+        # Threads of their own: a stopped engine takes no message, and that must not block.
+        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        for work, to in ((_listen, self._answers), (_speak, self._messages)):
+            threading.Thread(target=work, args=(stream, to), daemon=True).start()
+        # Also at exit, and when nobody refers to the engine any more.
+        self._end = weakref.finalize(self, _end, self._child, ours, self._messages)
 
     def send(self, message: Message) -> None:
-        """Gives it a message.
-
-        Raises:
-            EngineError: if it is dead.
-        """
-        try:
-            send(self._stream, message)
-        except (OSError, ValueError):
-            raise EngineError(self._obituary()) from None
+        """Gives it a message. If it is dead, the next answer says so."""
+        self._messages.put(message)
 
     def answer(self, timeout: float) -> Message:
         """Its next answer.
@@ -127,29 +119,32 @@ class Process:
             message = self._answers.get(timeout=timeout)
         except queue.Empty:
             raise EngineError(
-                f"the {self._name} engine has not answered for {timeout:.0f} s; raise timeout= if "
-                f"it is only slow, else see its log {self._log.name}"
+                f"the {self._name} engine has not answered for {timeout:g} s; raise timeout= if it "
+                f"is only slow; its log {self.last_words()}"
             ) from None
         if message is None:
-            raise EngineError(self._obituary())
+            self.dead = True
+            raise EngineError(
+                f"the {self._name} engine {self._fate()}; its log {self.last_words()}"
+            )
         return message
 
-    def _obituary(self) -> str:
-        self.dead = True
+    def _fate(self) -> str:
         try:
             status = self._child.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            status = None
-        how = "closed its channel" if status is None else f"ended with status {status}"
-        if status is not None and status < 0:
-            how = f"was killed by {signal.Signals(-status).name}"
-            if -status == signal.SIGKILL:
-                how += " (often: no memory left)"
-        return f"the {self._name} engine {how}; its log {self._log.name} ends with: {self._tail()}"
+            return "closed its channel"
+        if status >= 0:
+            return f"ended with status {status}"
+        name = signal.Signals(-status).name
+        return f"was killed by {name}" + " (often: no memory left)" * (name == "SIGKILL")
 
-    def _tail(self) -> str:
-        lines = pathlib.Path(self._log.name).read_text(errors="replace").strip().splitlines()
-        return " | ".join(line.strip() for line in lines[-4:]) or "(nothing)"
+    def last_words(self) -> str:
+        """The end of its log, and where it is; it stays there."""
+        self._keep_log = True
+        lines = pathlib.Path(self.log).read_text(errors="replace").strip().splitlines()
+        said = " | ".join(line.strip() for line in lines[-4:]) or "(nothing)"
+        return f"{self.log} ends with: {said}"
 
     @property
     def pid(self) -> int:
@@ -157,18 +152,36 @@ class Process:
 
     def close(self) -> None:
         """Ends it and all that it started."""
-        atexit.unregister(self.close)
-        try:
-            os.killpg(self._child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._child.wait()
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-            self._stream.close()
-        except OSError:
-            pass
-        self._socket.close()
-        self._log.close()
-        if not self.dead:  # else somebody wants to read it
-            pathlib.Path(self._log.name).unlink(missing_ok=True)
+        self._end()
+        if not self._keep_log:
+            pathlib.Path(self.log).unlink(missing_ok=True)
+
+
+def _listen(stream: BufferedIOBase, answers: "queue.SimpleQueue[Message | None]") -> None:
+    try:
+        while True:
+            answers.put(receive(stream))
+    except Exception:  # the end, or what is no message: either way there is no next answer
+        answers.put(None)
+
+
+def _speak(stream: BufferedIOBase, messages: "queue.SimpleQueue[Message | None]") -> None:
+    try:
+        while (message := messages.get()) is not None:
+            send(stream, message)
+    except (OSError, ValueError):
+        pass  # the listener sees the end too
+
+
+def _end(child: subprocess.Popen, connection: socket.socket, messages: queue.SimpleQueue) -> None:
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+    messages.put(None)
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    connection.close()

@@ -9,8 +9,29 @@ import time
 import urllib.parse
 from collections.abc import Sequence
 
-from ._http import Client
+from ._http import Client, Unanswered
 from .engine import EngineError
+
+
+def check_address(name: str, url: object) -> None:
+    """Refuses what is no http(s) address.
+
+    Args:
+        name: of the option.
+        url: its value.
+
+    Raises:
+        ValueError: with what it should be.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url if isinstance(url, str) else "")
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is no number
+        good = False
+    if not good:
+        raise ValueError(
+            f"{name}={url!r} must be an http(s) address such as 'http://127.0.0.1:8000/v1'"
+        )
 
 
 def check_reload(reload: str | Sequence[str] | None) -> None:
@@ -21,12 +42,17 @@ def check_reload(reload: str | Sequence[str] | None) -> None:
     """
     if reload is None:
         return
-    if isinstance(reload, str):
-        if urllib.parse.urlsplit(reload).scheme not in ("http", "https"):
-            raise ValueError(
-                f"reload={reload!r} must be an http(s) address, or a command as a tuple of "
-                'strings: ("./reload.sh", "{folder}")'
-            )
+    if isinstance(reload, str) and reload.startswith(("http://", "https://")):
+        check_address("reload", reload)
+    elif (
+        isinstance(reload, str)
+        or not isinstance(reload, Sequence)
+        or not all(isinstance(word, str) for word in reload)
+    ):
+        raise ValueError(
+            f"reload={reload!r} must be an http(s) address, or a command as a tuple of "
+            'strings: ("./reload.sh", "{folder}")'
+        )
     elif not any("{folder}" in word for word in reload):
         raise ValueError(
             f'reload={tuple(reload)!r} does not say where "{{folder}}" goes, the folder of the new '
@@ -41,7 +67,7 @@ def run_reload(reload: str | Sequence[str], folder: str, client: Client, *, time
         reload: a command, in which "{folder}" stands for the folder; or an address that gets
             `POST {"model_path": folder}`.
         folder: a Hugging Face checkpoint.
-        client: of the server; its key goes to the address too.
+        client: of the server; its key goes to the address too, if it is on the same host.
         timeout: seconds it may take.
 
     Raises:
@@ -51,6 +77,8 @@ def run_reload(reload: str | Sequence[str], folder: str, client: Client, *, time
         there = client.at(reload, timeout=timeout)
         try:
             said = there.once("", {"model_path": folder})
+        except Unanswered as error:
+            raise EngineError(f"reload={reload} gave no answer: {error}") from None
         finally:
             there.hang_up()
         if isinstance(said, dict) and said.get("success") is False:
@@ -63,6 +91,8 @@ def run_reload(reload: str | Sequence[str], folder: str, client: Client, *, time
 
 
 def _run(words: list[str], closed: threading.Event, timeout: float) -> None:
+    if closed.is_set():
+        raise EngineError("the engine was closed before the command of reload= was run")
     with tempfile.TemporaryFile() as log:
         try:
             # No pipe: a server that the command leaves behind would keep it open.

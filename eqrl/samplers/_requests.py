@@ -12,6 +12,7 @@ from jaxtyping import PRNGKeyArray
 from .._prompts import Prompts
 from .._types import Rollout
 from .base import Sampling
+from .engine import EngineError
 
 
 class Completion(NamedTuple):
@@ -46,7 +47,7 @@ def to_rollout(prompts: Prompts, sampling: Sampling, completions: Sequence[Compl
     """Completions, `samples` a prompt and in their order, as a rollout in the decoder's layout.
 
     Raises:
-        RuntimeError: if a completion breaks the contract: no token, more than were asked for, or
+        EngineError: if a completion breaks the contract: no token, more than were asked for, or
             another number of log-probs than of tokens.
     """
     rows, slots = len(completions), sampling.max_tokens
@@ -55,7 +56,7 @@ def to_rollout(prompts: Prompts, sampling: Sampling, completions: Sequence[Compl
     for row, completion in enumerate(completions):
         count = len(completion.tokens)
         if not 0 < count <= slots or len(completion.logprobs) != count:
-            raise RuntimeError(
+            raise EngineError(
                 f"the engine answered {count} tokens and {len(completion.logprobs)} log-probs "
                 f"where 1 to {slots} of each were asked for"
             )

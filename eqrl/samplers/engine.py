@@ -51,7 +51,7 @@ class Engine(abc.ABC):
         sampling: Sampling,
         *,
         key: PRNGKeyArray,
-        version: int = 0,
+        version: int | None = None,
     ) -> Pending:
         """Asks for a rollout and returns; the engine works on it while the caller trains.
 
@@ -61,7 +61,8 @@ class Engine(abc.ABC):
             prompts: as for any sampler.
             sampling: likewise.
             key: likewise.
-            version: of the policy; the rollout says it of each row.
+            version: of the policy; the rollout says it of each row. By default that with which
+                these weights were given before, or 0.
         """
 
     @abc.abstractmethod
@@ -99,7 +100,7 @@ def submit(
     sampling: Sampling,
     *,
     key: PRNGKeyArray,
-    version: int = 0,
+    version: int | None = None,
 ) -> Pending:
     """`Engine.submit` for any sampler; one without an engine samples at once.
 
@@ -114,7 +115,7 @@ def submit(
     if isinstance(sampler, Engine):
         return sampler.submit(policy, prompts, sampling, key=key, version=version)
     rollout = sampler(policy, prompts, sampling, key=key)
-    versions = jnp.full(rollout.group.shape, version, jnp.int32)
+    versions = jnp.full(rollout.group.shape, version or 0, jnp.int32)
     return Ready(dataclasses.replace(rollout, version=versions))
 
 

@@ -33,9 +33,14 @@ class _Asked:
     message: Sample
     version: int
     rollout: Rollout | None = None
+    lost: bool = False  # the engine was closed
 
     def result(self) -> Rollout:
         while self.rollout is None:
+            if self.lost:
+                raise EngineError(
+                    f"the {self.engine.name} engine was closed before it had answered"
+                )
             self.engine._advance()
         return self.rollout
 
@@ -55,6 +60,10 @@ class ProcessEngine(Engine):
         start_timeout: seconds that it may take to load.
         timeout: seconds that a rollout may take.
         restarts: how often in a row it is started again, before that is an error.
+        facts: what the program said when it had loaded.
+
+    Raises:
+        ValueError: if an option cannot be right.
     """
 
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict, kw_only=True)
@@ -66,11 +75,26 @@ class ProcessEngine(Engine):
     module: ClassVar[str]
 
     def __post_init__(self) -> None:
+        for option in ("start_timeout", "timeout"):
+            value = getattr(self, option)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{option}={value!r} must be seconds above 0")
+        if not isinstance(self.restarts, int) or self.restarts < 0:
+            raise ValueError(f"restarts={self.restarts!r} must be a number from 0")
+        if not isinstance(self.environment, Mapping) or not all(
+            isinstance(x, str) for pair in self.environment.items() for x in pair
+        ):
+            raise ValueError(
+                f"environment={self.environment!r} must map strings to strings, as in "
+                "{'JAX_PLATFORMS': 'cpu'}"
+            )
+        self.facts: dict[str, Any] = {}
         self._process: Process | None = None
         self._memory: SharedMemory | None = None
         self._load: Load | None = None
         self._held = Held()
         self._version = 0
+        self._pushes = 0
         self._deaths = 0
         # What was sent and is not answered yet, oldest first.
         self._owed: collections.deque[_Asked | Push] = collections.deque()
@@ -105,7 +129,7 @@ class ProcessEngine(Engine):
         Raises:
             EngineError: if it does not start.
         """
-        self._give(policy, self._version)
+        self._give(policy, None)
         while any(isinstance(x, Push) for x in self._owed):
             self._advance()
 
@@ -116,7 +140,7 @@ class ProcessEngine(Engine):
         sampling: Sampling,
         *,
         key: PRNGKeyArray,
-        version: int = 0,
+        version: int | None = None,
     ) -> _Asked:
         """See `Engine`."""
         self._give(policy, version)
@@ -132,7 +156,7 @@ class ProcessEngine(Engine):
             stop_ids=list(sampling.stop_ids),
             temperature=float(sampling.temperature),
         )
-        asked = _Asked(self, prompts, sampling, message, version)
+        asked = _Asked(self, prompts, sampling, message, self._version)
         self._send(asked)
         return asked
 
@@ -142,43 +166,46 @@ class ProcessEngine(Engine):
             self._process.close()
         if self._memory is not None:
             self._memory.close()
+        for asked in self._owed:
+            if isinstance(asked, _Asked):
+                asked.lost = True
         self._process = self._memory = self._load = None
         self._held.drop()
         self._owed.clear()
+        self._version = self._pushes = self._deaths = 0
 
     # --- messages ---
 
-    def _give(self, policy: Transformer, version: int) -> None:
+    def _give(self, policy: Transformer, version: int | None) -> None:
         """Starts it if need be, and gives it the policy's weights if it has others."""
         if self._process is not None and self._held.are(policy):
-            self._version = version
+            self._version = self._version if version is None else version
             return
         own = self.prepared(policy)
-        if self._load is not None and self._load.config != own.architecture.to_config():
-            raise ValueError(
-                f"policy: the {self.name} engine was started for another architecture; close() it "
-                "first, or start a second one"
-            )
+        arrays, size = _laid_out(own)
         if self._process is None:
-            self._begin(own)
+            self._begin(own, arrays, size)
+        assert self._load is not None
+        config = own.architecture.to_config()
+        if (self._load.config, self._load.arrays) != (config, list(map(_as_dict, arrays))):
+            raise ValueError(
+                f"policy: the {self.name} engine was started for another architecture or dtype; "
+                "close() it first, or start a second one"
+            )
         # It reads the memory when it comes to the message; until then the last weights stay there.
         while any(isinstance(x, Push) for x in self._owed):
             self._advance()
-        assert self._memory is not None and self._load is not None
-        for array, leaf in zip(self._load.arrays, jax.tree.leaves(own), strict=True):
-            _view(Array(**array), self._memory)[...] = np.asarray(leaf)
+        assert self._memory is not None
+        for array, leaf in zip(arrays, jax.tree.leaves(own), strict=True):
+            _write(leaf, _view(array, self._memory))
         self._held.take(policy)
-        self._version = version
+        self._version = self._version if version is None else version
+        self._pushes += 1
         self._send(Push())
 
-    def _begin(self, policy: Transformer) -> None:
-        arrays, size = _laid_out(policy)
-        self._load = Load(
-            policy.architecture.to_config(),
-            [dataclasses.asdict(array) for array in arrays],
-            size,
-            self.options(policy),
-        )
+    def _begin(self, policy: Transformer, arrays: list[Array], size: int) -> None:
+        config = policy.architecture.to_config()
+        self._load = Load(config, list(map(_as_dict, arrays)), size, self.options(policy))
         self._memory = SharedMemory(size)
         self._open()
 
@@ -190,7 +217,7 @@ class ProcessEngine(Engine):
         )
         try:
             self._process.send(self._load)
-            self._done(self._process.answer(self.start_timeout))
+            self.facts = self._done(self._process.answer(self.start_timeout)).facts
         except BaseException:
             self.close()
             raise
@@ -198,15 +225,11 @@ class ProcessEngine(Engine):
     def _send(self, what: "_Asked | Push") -> None:
         self._owed.append(what)
         assert self._process is not None
-        try:
-            self._process.send(what.message if isinstance(what, _Asked) else what)
-        except EngineError as error:
-            self._again(error)
+        self._process.send(what.message if isinstance(what, _Asked) else what)
 
     def _advance(self) -> None:
         """Waits for the oldest answer."""
-        if self._process is None:
-            raise EngineError(f"the {self.name} engine was closed before it had answered")
+        assert self._process is not None
         try:
             answer = self._process.answer(self.timeout)
         except EngineError as error:
@@ -237,14 +260,18 @@ class ProcessEngine(Engine):
             asked.version = self._version
             self._send(asked)
 
-    def _done(self, answer: Message) -> None:
+    def _done(self, answer: Message) -> Done:
         if not isinstance(answer, Done):
             self._refuse(answer)
+        return answer
 
     def _refuse(self, answer: Message) -> NoReturn:
-        self.close()
+        assert self._process is not None
+        self._process.last_words()  # keeps the log, which has the traceback
         why = answer.why if isinstance(answer, Failed) else f"answered {type(answer).__name__}"
-        raise EngineError(f"the {self.name} engine failed: {why}")
+        error = EngineError(f"the {self.name} engine failed: {why}; its log is {self._process.log}")
+        self.close()
+        raise error
 
 
 def _laid_out(policy: Transformer) -> tuple[list[Array], int]:
@@ -254,6 +281,20 @@ def _laid_out(policy: Transformer) -> tuple[list[Array], int]:
         arrays.append(Array(list(entry.names), list(leaf.shape), str(leaf.dtype), offset))
         offset += -(-leaf.nbytes // 64) * 64
     return arrays, offset
+
+
+def _as_dict(array: Array) -> dict[str, Any]:
+    return dataclasses.asdict(array)
+
+
+def _write(leaf: Any, into: np.ndarray) -> None:
+    """Copies an array shard by shard: as a whole it would keep a copy of itself on the host."""
+    if not isinstance(leaf, jax.Array):
+        into[...] = leaf
+        return
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            into[shard.index] = np.asarray(shard.data)
 
 
 def _view(array: Array, memory: SharedMemory) -> np.ndarray:

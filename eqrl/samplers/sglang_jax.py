@@ -27,8 +27,9 @@ ENVIRONMENT = pathlib.Path.home() / ".cache" / "eqrl" / "sglang-jax"
 _HEAD_DIM = 128
 # Tokens that it keeps free of a context.
 _SPARE = 8
-# Policies whose first rollout is compared with their own forward: as loaded, and as pushed again.
-_VERIFICATIONS = 2
+# Policies whose first rollout at each temperature is compared with their own forward: the first,
+# and the next, which is given to an engine that has sampled.
+_VERIFIED = 2
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,8 +41,9 @@ class SGLangJax(ProcessEngine):
     prompt's id, whatever else is in the batch. Heads that are no multiple of 128 wide are widened
     on the way (not on a TPU, where it pads them itself); its cache takes 128 in any case.
 
-    Memory on each of its devices: weights and `max_total_tokens` times
-    `2 * layers * kv heads * max(head_dim, 128) * bytes`, both over `tp_size`; checked at the start.
+    Memory on each of its devices: weights and `max_total_tokens` times `2 * layers * max(kv heads,
+    tp_size) * max(head_dim, 128) * bytes`, both over `tp_size`; off TPUs attention scores besides,
+    `12 * heads * max(context_length, 1024) * max_total_tokens` bytes. Checked before it loads.
 
     Attributes:
         context_length: tokens of prompt and completion at most.
@@ -53,8 +55,8 @@ class SGLangJax(ProcessEngine):
         dtype: of weights and cache, `float32` or `bfloat16`; the policy's by default.
         device: `cpu`, `tpu` or `gpu`; the trainer's kind by default.
         tolerance: mean absolute difference in nats between its log-probs and the policy's own, at
-            which the run ends. Compared on a few rows of the first rollout, and of the first one
-            after the first update.
+            which the run ends. Compared on a few rows of the first rollout at each temperature,
+            of the first policy and of the one after the first update.
         python_path: the interpreter of its environment. By default the one that
             `EQRL_SGLANG_PYTHON` names, else this one if it has sglang-jax, else the one that
             `python -m eqrl.samplers.install_sglang_jax` has made.
@@ -81,11 +83,13 @@ class SGLangJax(ProcessEngine):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._folder: pathlib.Path | None = None
-        self._verifications = _VERIFICATIONS
+        self._verified: set[tuple[int, float]] = set()
         for name in ("context_length", "max_running_requests", "max_total_tokens", "tp_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if not isinstance(self.tolerance, int | float) or not self.tolerance > 0:
+            raise ValueError(f"tolerance={self.tolerance!r} must be a number above 0")
         fraction = self.mem_fraction_static
         if fraction is not None and not 0 < fraction < 1:
             raise ValueError(f"mem_fraction_static={fraction} must lie between 0 and 1")
@@ -109,6 +113,11 @@ class SGLangJax(ProcessEngine):
             )
         return given
 
+    def variables(self) -> dict[str, str]:
+        """Its platform is its own matter, and so is where its packages lie."""
+        platform = {"gpu": "cuda"}.get(self._device(), self._device())
+        return {"JAX_PLATFORMS": platform, "PYTHONPATH": ""} | super().variables()
+
     def prepared(self, policy: Transformer) -> Transformer:
         """With heads that its attention can take."""
         if self._device() == "tpu":
@@ -130,7 +139,6 @@ class SGLangJax(ProcessEngine):
         (self._folder / "config.json").write_text(json.dumps(config))
         tokens = self.max_total_tokens or self.max_running_requests * self.context_length
         return {
-            "folder": str(self._folder),
             "scratch": str(self._folder),
             "device": self._device(),
             "dtype": config["torch_dtype"],
@@ -148,24 +156,24 @@ class SGLangJax(ProcessEngine):
         sampling: Sampling,
         *,
         key: PRNGKeyArray,
-        version: int = 0,
+        version: int | None = None,
     ):
         """See `Engine`.
 
         Raises:
-            ValueError: if a prompt and its completion may be longer than the context.
+            EngineError: if a prompt and its completion may be longer than the context.
         """
         longest = int((prompts.positions >= 0).sum(axis=1).max())
         if longest + sampling.max_tokens + _SPARE > self.context_length:
-            raise ValueError(
+            raise EngineError(
                 f"context_length={self.context_length} is too short for a prompt of {longest} and "
                 f"{sampling.max_tokens} new tokens; give at least "
                 f"{longest + sampling.max_tokens + _SPARE}"
             )
-        new = not self._held.are(policy)
         asked = super().submit(policy, prompts, sampling, key=key, version=version)
-        if new and self._verifications:
-            self._verifications -= 1
+        what = (self._pushes, float(sampling.temperature))
+        if self._pushes <= _VERIFIED and what not in self._verified:
+            self._verified.add(what)
             try:
                 verify(policy, asked.result(), sampling, tolerance=self.tolerance, who="sglang-jax")
             except EngineError:
@@ -176,7 +184,7 @@ class SGLangJax(ProcessEngine):
     def close(self) -> None:
         """See `Engine`."""
         super().close()
-        self._verifications = _VERIFICATIONS
+        self._verified.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

@@ -112,6 +112,15 @@ class Turns:
             _append(going, self.sampler(policy, later, stretch, key=of_turn))
         return _rollout(first, rows, prompts, sampling, self._width(prompts, sampling))
 
+    def room(self, max_tokens: int) -> int:
+        """Tokens beside the prompt that a backend's context must have.
+
+        Args:
+            max_tokens: those that the policy may choose in a row.
+        """
+        # A call asks the same number for all rows, so one that is nearly full is asked too much.
+        return 2 * max_tokens + self.turns * self.max_reply
+
     def _width(self, prompts: Prompts, sampling: Sampling) -> int:
         return prompts.tokens.shape[1] + sampling.max_tokens + self.turns * self.max_reply
 

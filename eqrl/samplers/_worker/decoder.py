@@ -11,6 +11,8 @@ def start(load: Load, memory: mmap.mmap):
     """Shapes of the policy; weights come with the first push."""
     import jax
 
+    for name, value in load.options["settings"].items():
+        jax.config.update(name, value)
     worker = _Worker(load, memory)
     return worker, {"device": str(jax.devices()[0]), "jax": jax.__version__}
 

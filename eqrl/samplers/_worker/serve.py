@@ -46,7 +46,7 @@ def serve(start: Callable[[Load, mmap.mmap], tuple[Worker, dict]], channel: int,
                 with arrived:
                     inbox.append(message)
                     arrived.notify()
-        except (EOFError, OSError):
+        except Exception:  # the trainer is gone, or what comes is no message
             leave(scratch)
 
     # Its two directions are used by one thread each.
@@ -60,9 +60,7 @@ def serve(start: Callable[[Load, mmap.mmap], tuple[Worker, dict]], channel: int,
         try:
             match message:
                 case Load():
-                    scratch += [
-                        message.options[name] for name in ("scratch",) if name in message.options
-                    ]
+                    scratch += [message.options["scratch"]] if "scratch" in message.options else []
                     worker, facts = start(message, mmap.mmap(memory, message.size))
                     answer = Done(facts)
                 case Push():

@@ -12,7 +12,6 @@ What it would do on its own, and why not here (measured on 0.1.0rc0):
 import math
 import mmap
 import os
-import pathlib
 import re
 import signal
 import sys
@@ -67,7 +66,6 @@ def as_engine_array(x: np.ndarray, shape: tuple[int, ...], head_dim: int, name: 
 
 def _isolate(options: dict) -> None:
     """Everything that has to happen before sgl_jax is imported."""
-    os.environ.setdefault("JAX_PLATFORMS", options["device"])
     os.dup2(2, 1)
     tempfile.tempdir = options["scratch"]  # it leaves socket files behind
     import psutil
@@ -92,13 +90,19 @@ def _check_memory(load: Load) -> dict:
     import jax
 
     options, config = load.options, load.config
-    device = jax.devices()[0]
+    device, shards = jax.devices()[0], options["tp_size"]
+    if len(jax.devices()) < shards:
+        raise ValueError(
+            f"tp_size={shards}, but the engine sees {len(jax.devices())} of {device.platform}; "
+            "lower it, or let environment= show it more"
+        )
     free = _free_bytes(device)
-    width = np.dtype(options["dtype"]).itemsize if options["dtype"] != "bfloat16" else 2
-    shards = options["tp_size"]
+    width = {"bfloat16": 2, "float32": 4}[options["dtype"]]
     head_dim = -(-config["head_dim"] // 128) * 128
-    a_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * width
-    cache, weights = options["max_total_tokens"] * a_token, load.size
+    heads = max(config["num_key_value_heads"], shards)  # it repeats those that are too few
+    a_token = 2 * config["num_hidden_layers"] * heads * head_dim * width
+    cache = options["max_total_tokens"] * a_token
+    weights = width * sum(math.prod(x["shape"]) for x in load.arrays)
     scores = _score_bytes(options, config["num_attention_heads"])
     need = (cache + weights + scores) / shards
     facts = {"device": str(device), "free_gib": free / 2**30, "need_gib": need / 2**30}
@@ -159,10 +163,9 @@ def _engine(options: dict):
     from sgl_jax.srt.entrypoints.engine import Engine  # pyright: ignore[reportMissingImports]
 
     context, rows = options["context_length"], options["max_running_requests"]
-    prefill = _prefill(options)
-    memory = {} if options["mem_fraction_static"] is None else options
+    prefill, fraction = _prefill(options), options["mem_fraction_static"]
     engine = Engine(
-        model_path=options["folder"],
+        model_path=options["scratch"],
         load_format="dummy",
         device=options["device"],
         dtype=options["dtype"],
@@ -179,7 +182,7 @@ def _engine(options: dict):
         tp_size=options["tp_size"],
         precompile_bs_paddings=_sizes(rows),
         precompile_token_paddings=sorted({64, prefill}),
-        **({"mem_fraction_static": memory["mem_fraction_static"]} if memory else {}),
+        **({} if fraction is None else {"mem_fraction_static": fraction}),
         # Elsewhere than on a TPU there is one attention, which wants pages of one token.
         **({} if options["device"] == "tpu" else {"attention_backend": "native", "page_size": 1}),
         **({"device_indexes": [0]} if options["tp_size"] == 1 else {}),
@@ -198,29 +201,42 @@ def _sizes(rows: int) -> list[int]:
     return sorted({rows} | {2**i for i in range(3, math.ceil(math.log2(max(rows, 8))), 2)} - {0})
 
 
+def _names(model) -> list[str]:
+    """Of its arrays, in the order in which it keeps them."""
+    from flax import nnx  # pyright: ignore[reportMissingImports]
+
+    leaves = nnx.to_flat_state(nnx.split(model)[1])
+    return [".".join(map(str, path)) for path, _ in leaves]
+
+
 class _Worker:
     def __init__(self, load: Load, memory: mmap.mmap):
         self._arrays = [Array(**x) for x in load.arrays]
         self._memory, self._head_dim = memory, load.config["head_dim"]
-        folder = pathlib.Path(load.options["folder"])
-        assert (folder / "config.json").is_file()
         self._engine = _engine(load.options)
         worker = self._engine.scheduler_info["scheduler"].tp_worker
         self._runner = getattr(worker, "worker", worker).model_runner
+        self._names = _names(self._runner.model)
 
     def push(self) -> None:
         import jax
 
         given = dict(self._given())
-        new = []
-        for name, old in zip(self._names(), self._runner.model_state_leaves, strict=True):
+        leaves = self._runner.model_state_leaves
+        for name, old in zip(self._names, leaves, strict=True):
             if name not in given:
                 raise ValueError(f"the engine's {name} is not among the policy's arrays")
-            x = as_engine_array(given.pop(name), old.shape, self._head_dim, name)
+            given[name] = as_engine_array(given[name], old.shape, self._head_dim, name)
+        if len(given) > len(leaves):
+            extra = sorted(given.keys() - set(self._names))
+            raise ValueError(f"the engine has no {extra[0]}, which the policy has")
+        new = []
+        for name, old in zip(self._names, leaves, strict=True):
             # A copy, for the shared memory changes while the engine samples.
-            new.append(jax.device_put(np.array(x).astype(old.dtype), old.sharding))
-        if given:
-            raise ValueError(f"the engine has no {sorted(given)[0]}, which the policy has")
+            x = np.array(given.pop(name)).astype(old.dtype)
+            where = old.sharding
+            old.delete()  # there need not be room for both
+            new.append(jax.device_put(x, where))
         jax.block_until_ready(new)
         self._runner.model_state_leaves = new
         self._engine.flush_cache()
@@ -234,12 +250,6 @@ class _Worker:
             stacked = len(array.names) > 1 or array.names[0].startswith("model.layers.")
             for i, name in enumerate(array.names):
                 yield engine_name(name), whole[i] if stacked else whole
-
-    def _names(self) -> list[str]:
-        from flax import nnx  # pyright: ignore[reportMissingImports]
-
-        leaves = nnx.to_flat_state(nnx.split(self._runner.model)[1])
-        return [".".join(map(str, path)) for path, _ in leaves]
 
     def sample(self, request: Sample) -> Completions:
         """A request a completion: its own seed, so that neighbours do not matter."""
