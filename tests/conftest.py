@@ -43,9 +43,9 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Files that take a minute or more: with several processes, they come first, so that none of them is
 # alone at the end.
 _LONG = (
-    "test_training", "test_training_processes", "test_update", "test_sharding", "test_asking",
-    "test_turns", "test_samplers", "test_planning", "test_processes", "test_logprobs", "test_plan",
-    "test_openai", "test_engines", "test_contract", "test_invariants",
+    "test_training_processes", "test_training", "test_logprobs", "test_contract", "test_update",
+    "test_sharding", "test_asking", "test_turns", "test_samplers", "test_planning",
+    "test_processes", "test_plan", "test_openai", "test_engines", "test_docs", "test_invariants",
 )  # fmt: skip
 
 

@@ -50,14 +50,15 @@ def _own(
 class Fingerprints:
     """What a server said after the probes, and what the policy would have.
 
-    Two things show that weights did not arrive, and no update is too small for the second:
+    Two things show that weights did not arrive, the second also after small updates:
 
     - the log-probs are far off the policy's own: further than those of the first policy, which
       rollouts were checked for, by more than the tolerance;
     - the answers, tokens and log-probs, are to the last digit those of before, while the policy's
-      own moved. A server that took weights rounds other numbers, and does not say the same
-      again. The policy's own are compared with those of the time when the answers last changed,
-      so small updates add up to `1e-3` nats, the least that counts.
+      own moved. A server that took weights computes with other numbers and does not say the same
+      again, unless its own precision rounds all of the update away. The policy's are compared
+      with those of the time when the answers last changed, so updates add up until one of its
+      log-probs has moved by 1e-3 nats, the least that counts.
 
     What escapes both: a server that keeps its weights and whose numbers differ from one time to
     the next, until the policy has moved as far as the tolerance.
