@@ -148,7 +148,7 @@ def test_another_dtype_is_refused_and_not_cast(engine):
 def test_settings_of_jax_reach_the_process():
     """They are set here by code, and elsewhere would be what the environment says."""
     usual = Decoder()(tiny_model(), PROMPTS, SAMPLING, key=KEY)
-    with jax.threefry_partitionable(not jax.config.jax_threefry_partitionable):
+    with jax.threefry_partitionable(not jax.config.jax_threefry_partitionable):  # pyright: ignore
         here = Decoder()(tiny_model(), PROMPTS, SAMPLING, key=KEY)
         with OwnProcess() as engine:
             _same(engine(tiny_model(), PROMPTS, SAMPLING, key=KEY), here)
