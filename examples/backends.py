@@ -1,13 +1,19 @@
-"""`--rollout.backend`: from its text to what samples."""
+"""`--rollout.backend`: from its text to what samples, while a run goes on."""
 
 import ast
+import contextlib
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from eqrl import samplers
+import jax
+from build import plugin_builders
+from options import Config
+from task import Task
+
+from eqrl import models, samplers
 
 
 # As the command line spells them; options are the constructor's arguments.
@@ -70,3 +76,87 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
             'in "own-process(timeout=60)"'
         ) from None
     return found[1], options
+
+
+def check_backend(config: Config, task: Task) -> None:
+    """Refuses what would fail only after the model is loaded, or after the first update.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    text = config.rollout.backend
+    backend = build_backend(text, plugin_builders(config.plugins))
+    if isinstance(backend, samplers.ProcessEngine):
+        try:
+            backend.python()
+        except ValueError as error:
+            raise ValueError(f"--rollout.backend {text}: {error}") from None
+    if samplers.engine_of(backend) is not None and jax.process_count() > 1:
+        raise ValueError(
+            f"--rollout.backend {text}: an engine serves one process, and there are "
+            f"{jax.process_count()}; use naive, which samples on the mesh of all of them"
+        )
+    if isinstance(backend, samplers.OpenAI) and backend.reload is None and config.steps:
+        raise ValueError(
+            f"--rollout.backend {text}: training changes the policy, and nothing tells the server; "
+            "give reload=, or --steps 0 to evaluate only"
+        )
+    if task.around is not None and config.rollout.overlap:
+        raise ValueError(
+            f"--rollout.overlap {config.rollout.overlap}: {task.name} is sampled turn by turn, so "
+            "nothing would be sampled while training; leave it out"
+        )
+
+
+def sampler_for(config: Config, task: Task, tokenizer: Any, longest: int) -> samplers.Sampler:
+    """What `--rollout.backend` names, as the task wants it; nothing is started.
+
+    Args:
+        config: resolved.
+        task: may put tools around it.
+        tokenizer: for the task.
+        longest: tokens of the longest prompt.
+
+    Raises:
+        ValueError: if the run does not fit into the context that the backend was given.
+    """
+    around = task.around or (lambda sampler, _: sampler)
+    wrapped = around(samplers.Decoder(), tokenizer)
+    room = config.rollout.max_tokens or 0
+    room = wrapped.room(room) if isinstance(wrapped, samplers.Turns) else room
+    context = longest + room + 16  # engines keep some tokens free
+    plugins, text = plugin_builders(config.plugins), config.rollout.backend
+    sampler = build_backend(text, plugins, context_length=context)
+    if getattr(sampler, "context_length", context) < context:
+        raise ValueError(
+            f"--rollout.backend {text}: the context is too short for this run; give "
+            f"context_length={context}, or leave it out"
+        )
+    return around(sampler, tokenizer)
+
+
+@contextlib.contextmanager
+def running(sampler: samplers.Sampler, policy: models.Transformer, text: str) -> Iterator[None]:
+    """Starts the engine, if one samples in the end, and ends it on the way out.
+
+    Args:
+        sampler: of the run.
+        policy: the first.
+        text: of `--rollout.backend`, to say what starts.
+
+    Raises:
+        SystemExit: with one sentence, if it does not start.
+    """
+    engine = samplers.engine_of(sampler)
+    if engine is None:
+        yield
+        return
+    with engine:
+        try:
+            print(f"starting {text}", flush=True)
+            engine.start(policy)
+            facts = getattr(engine, "facts", {})
+            print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+        except (ValueError, samplers.EngineError) as error:
+            raise SystemExit(f"error: --rollout.backend: {error}") from None
+        yield

@@ -25,8 +25,7 @@ import optax
 import planning
 import spread
 from asking import Ahead
-from backends import build_backend
-from build import plugin_builders
+from backends import check_backend, running, sampler_for
 from config import Config, build_algorithm, build_optimizer, derived, describe
 from layout import (
     Meshes,
@@ -88,7 +87,7 @@ def _run(config: Config, build: Callable[[Any], Task]) -> int:
             del policy  # the state has its own
         status.step = 0 if resume is None else resume.step
         ahead = Ahead(config.rollout.overlap, config.steps or 0, rows)
-        with set_mesh(run.meshes.train), _engine(run, state.policy):
+        with set_mesh(run.meshes.train), running(run.sampler, state.policy, config.rollout.backend):
             _train(run, state, stream, ahead, counters, status, stop)
         # However long process 0 writes, the others wait for it here.
         status.signal = spread.agreed(stop.requested)
@@ -164,7 +163,7 @@ def _prepare(
 ) -> tuple[Run, models.Transformer]:
     """What stays, and the policy to start from."""
     # What contradicts itself or cannot run here is refused before anything is loaded.
-    _check_backend(config, task)
+    check_backend(config, task)
     batch_on(config, stated_mesh(config))
     implementation_for(config, None, jax.default_backend())
     data.assert_disjoint(
@@ -199,7 +198,7 @@ def _prepare(
         tokenizer=tokenizer,
         prompts=train,
         held_out=held_out,
-        sampler=_sampler(config, task, tokenizer, max(map(len, train.tokens + held_out.tokens))),
+        sampler=sampler_for(config, task, tokenizer, max(map(len, train.tokens + held_out.tokens))),
         sampling=samplers.Sampling(
             config.rollout.samples,
             config.rollout.max_tokens,
@@ -217,67 +216,6 @@ def _prepare(
         ),
     )
     return run, loaded.model
-
-
-def _check_backend(config: Config, task: Task) -> None:
-    """What would fail only after the model is loaded, or after the first update."""
-    text = config.rollout.backend
-    backend = build_backend(text, plugin_builders(config.plugins))
-    if isinstance(backend, samplers.ProcessEngine):
-        try:
-            backend.python()
-        except ValueError as error:
-            raise ValueError(f"--rollout.backend {text}: {error}") from None
-    if isinstance(backend, samplers.OpenAI) and backend.reload is None and config.steps:
-        raise ValueError(
-            f"--rollout.backend {text}: training changes the policy, and nothing tells the server; "
-            "give reload=, or --steps 0 to evaluate only"
-        )
-    if task.around is not None and config.rollout.overlap:
-        raise ValueError(
-            f"--rollout.overlap {config.rollout.overlap}: {task.name} is sampled turn by turn, so "
-            "nothing would be sampled while training; leave it out"
-        )
-
-
-def _sampler(config: Config, task: Task, tokenizer: Any, longest: int) -> samplers.Sampler:
-    """What `--rollout.backend` names, as the task wants it; `longest` is that of all prompts."""
-    around = task.around or (lambda sampler, _: sampler)
-    wrapped = around(samplers.Decoder(), tokenizer)
-    room = config.rollout.max_tokens or 0
-    room = wrapped.room(room) if isinstance(wrapped, samplers.Turns) else room
-    context = longest + room + 16  # engines keep some tokens free
-    plugins, text = plugin_builders(config.plugins), config.rollout.backend
-    sampler = build_backend(text, plugins, context_length=context)
-    if getattr(sampler, "context_length", context) < context:
-        raise ValueError(
-            f"--rollout.backend {text}: the context is too short for this run; give "
-            f"context_length={context}, or leave it out"
-        )
-    if samplers.engine_of(sampler) is not None and jax.process_count() > 1:
-        raise ValueError(
-            f"--rollout.backend {config.rollout.backend}: an engine serves one process, and there "
-            f"are {jax.process_count()}; use naive, which samples on the mesh of all of them"
-        )
-    return around(sampler, tokenizer)
-
-
-@contextlib.contextmanager
-def _engine(run: Run, policy: models.Transformer) -> Iterator[None]:
-    """The engine, if the run samples with one, from before the first step to after the last."""
-    engine = samplers.engine_of(run.sampler)
-    if engine is None:
-        yield
-        return
-    with engine:
-        try:
-            print(f"starting {run.config.rollout.backend}", flush=True)
-            engine.start(policy)
-            facts = getattr(engine, "facts", {})
-            print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-        except (ValueError, samplers.EngineError) as error:
-            raise SystemExit(f"error: --rollout.backend: {error}") from None
-        yield
 
 
 def _weights(config: Config, task: Task) -> tuple[float, ...]:

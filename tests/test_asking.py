@@ -251,7 +251,7 @@ class Flaky(samplers.Engine):
 def test_a_dead_engine_costs_no_step_and_no_problem(tmp_path, monkeypatch, overlap):
     """The run ends with the engine's words, and its continuation trains on what would have come."""
     engine = Flaky(10**6)
-    monkeypatch.setattr("training.build_backend", lambda *_, **__: engine)
+    monkeypatch.setattr("backends.build_backend", lambda *_, **__: engine)
     taken: dict[str, list] = {"whole": [], "parts": []}
     now = "whole"
     take = eqrl.data.PromptStream.take
@@ -287,7 +287,7 @@ def test_a_dead_engine_costs_no_step_and_no_problem(tmp_path, monkeypatch, overl
 
 def test_evaluation_asks_the_engine_too(tmp_path, monkeypatch):
     engine = Flaky(10**6)
-    monkeypatch.setattr("training.build_backend", lambda *_, **__: engine)
+    monkeypatch.setattr("backends.build_backend", lambda *_, **__: engine)
     asked = []
 
     def spy(sampler, *args, **kwargs):
