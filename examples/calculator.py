@@ -18,9 +18,9 @@ from fractions import Fraction
 from typing import Any
 
 import gsm8k
-from config import Config, describe, parse
+from config import Config
 from task import Task
-from training import train
+from training import main
 
 from eqrl import samplers
 
@@ -103,13 +103,5 @@ def build(config: CalculatorConfig) -> Task:
     return dataclasses.replace(task, name=f"{task.name}, calculator", around=around)
 
 
-def main() -> int:
-    config = parse(cls=CalculatorConfig)
-    if config.print_config:
-        print(describe(config), end="")
-        return 0
-    return train(config, build)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(build, CalculatorConfig))

@@ -11,9 +11,9 @@ the real data. Everything a run writes lies in its run folder; `--help` lists ev
 
 import sys
 
-from config import Config, describe, parse
+from config import Config
 from task import Task
-from training import train
+from training import main
 from word_problems import problems
 
 from eqrl import data, rewards
@@ -65,13 +65,5 @@ def build(config: Config) -> Task:
     )
 
 
-def main() -> int:
-    config = parse()
-    if config.print_config:
-        print(describe(config), end="")
-        return 0
-    return train(config, build)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(build))

@@ -19,10 +19,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from config import describe, parse
 from options import Algo, Config, Data, Eval, Optim, Rollout
 from task import Task
-from training import train
+from training import main
 
 from eqrl import rewards
 
@@ -115,13 +114,5 @@ def build(config: GymConfig) -> Task:
     )
 
 
-def main() -> int:
-    config = parse(cls=GymConfig)
-    if config.print_config:
-        print(describe(config), end="")
-        return 0
-    return train(config, build)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(build, GymConfig))

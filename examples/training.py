@@ -26,7 +26,7 @@ import planning
 import spread
 from asking import Ahead
 from backends import check_backend, running, sampler_for
-from config import Config, build_algorithm, build_optimizer, derived, describe
+from config import Config, build_algorithm, build_optimizer, derived, describe, parse
 from layout import (
     Meshes,
     choose_meshes,
@@ -44,6 +44,20 @@ from eqrl.checkpoint import Checkpoints, Resume
 
 
 DEMO = pathlib.Path(__file__).parent / "demo_model"
+
+
+def main(build: Callable[[Any], Task], cls: type[Config] = Config) -> int:
+    """A script: reads the command line, and prints the configuration or trains.
+
+    Args:
+        build: see `train`.
+        cls: with flags of the script's own.
+    """
+    config = parse(cls=cls)
+    if config.print_config:
+        print(describe(config), end="")
+        return 0
+    return train(config, build)
 
 
 def train(config: Config, build: Callable[[Any], Task]) -> int:

@@ -142,9 +142,7 @@ class Process:
     def last_words(self) -> str:
         """The end of its log, and where it is; it stays there."""
         self._keep_log = True
-        lines = pathlib.Path(self.log).read_text(errors="replace").strip().splitlines()
-        said = " | ".join(line.strip() for line in lines[-4:]) or "(nothing)"
-        return f"{self.log} ends with: {said}"
+        return f"{self.log} ends with: {end_of(pathlib.Path(self.log).read_text(errors='replace'))}"
 
     @property
     def pid(self) -> int:
@@ -155,6 +153,21 @@ class Process:
         self._end()
         if not self._keep_log:
             pathlib.Path(self.log).unlink(missing_ok=True)
+
+
+def end_of(log: str) -> str:
+    """The last words of a program, on one line."""
+    lines = log.strip().splitlines()
+    return " | ".join(line.strip() for line in lines[-4:]) or "(nothing)"
+
+
+def end_group(child: subprocess.Popen) -> None:
+    """Kills a process that was started in a session of its own, and all that it started."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
 
 
 def _listen(stream: BufferedIOBase, answers: "queue.SimpleQueue[Message | None]") -> None:
@@ -174,11 +187,7 @@ def _speak(stream: BufferedIOBase, messages: "queue.SimpleQueue[Message | None]"
 
 
 def _end(child: subprocess.Popen, connection: socket.socket, messages: queue.SimpleQueue) -> None:
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    child.wait()
+    end_group(child)
     messages.put(None)
     try:
         connection.shutdown(socket.SHUT_RDWR)

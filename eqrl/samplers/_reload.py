@@ -1,7 +1,5 @@
 """The hook that gives a server new weights: a command, or an address."""
 
-import os
-import signal
 import subprocess
 import tempfile
 import threading
@@ -10,6 +8,7 @@ import urllib.parse
 from collections.abc import Sequence
 
 from ._http import Client, Unanswered
+from ._process import end_group, end_of
 from .engine import EngineError
 
 
@@ -113,12 +112,10 @@ def _run(words: list[str], closed: threading.Event, timeout: float) -> None:
                     raise EngineError(f"the command of reload= {why}: {' '.join(words)}")
         finally:
             if child.returncode is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+                end_group(child)
         if child.returncode:
             log.seek(0)
-            lines = log.read().decode(errors="replace").strip().splitlines()
-            last = " | ".join(line.strip() for line in lines[-4:]) or "(nothing)"
+            last = end_of(log.read().decode(errors="replace"))
             raise EngineError(
                 f"the command of reload= ended with status {child.returncode}: {last}"
             )

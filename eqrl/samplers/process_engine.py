@@ -24,7 +24,7 @@ from .engine import Engine, EngineError, Held
 
 
 @dataclasses.dataclass
-class _Asked:
+class Asked:
     """A rollout that was asked for; `result` reads answers until it is there."""
 
     engine: "ProcessEngine"
@@ -97,7 +97,7 @@ class ProcessEngine(Engine):
         self._pushes = 0
         self._deaths = 0
         # What was sent and is not answered yet, oldest first.
-        self._owed: collections.deque[_Asked | Push] = collections.deque()
+        self._owed: collections.deque[Asked | Push] = collections.deque()
 
     # --- what a kind of engine says ---
 
@@ -121,6 +121,20 @@ class ProcessEngine(Engine):
         """The policy as the program wants it."""
         return policy
 
+    def admit(self, prompts: Prompts, sampling: Sampling) -> None:
+        """Refuses what the program cannot serve, before it is asked.
+
+        Raises:
+            EngineError: with the option to change.
+        """
+
+    def compare(self, policy: Transformer, asked: Asked) -> None:
+        """Looks at what was asked for while the policy still has its weights.
+
+        Raises:
+            EngineError: if it is not what the policy says.
+        """
+
     # --- Engine ---
 
     def start(self, policy: Transformer) -> None:
@@ -141,8 +155,9 @@ class ProcessEngine(Engine):
         *,
         key: PRNGKeyArray,
         version: int | None = None,
-    ) -> _Asked:
+    ) -> Asked:
         """See `Engine`."""
+        self.admit(prompts, sampling)
         self._give(policy, version)
         message = Sample(
             tokens=np.asarray(prompts.tokens),
@@ -156,8 +171,13 @@ class ProcessEngine(Engine):
             stop_ids=list(sampling.stop_ids),
             temperature=float(sampling.temperature),
         )
-        asked = _Asked(self, prompts, sampling, message, self._version)
+        asked = Asked(self, prompts, sampling, message, self._version)
         self._send(asked)
+        try:
+            self.compare(policy, asked)
+        except EngineError:
+            self.close()
+            raise
         return asked
 
     def close(self) -> None:
@@ -167,7 +187,7 @@ class ProcessEngine(Engine):
         if self._memory is not None:
             self._memory.close()
         for asked in self._owed:
-            if isinstance(asked, _Asked):
+            if isinstance(asked, Asked):
                 asked.lost = True
         self._process = self._memory = self._load = None
         self._held.drop()
@@ -222,10 +242,10 @@ class ProcessEngine(Engine):
             self.close()
             raise
 
-    def _send(self, what: "_Asked | Push") -> None:
+    def _send(self, what: "Asked | Push") -> None:
         self._owed.append(what)
         assert self._process is not None
-        self._process.send(what.message if isinstance(what, _Asked) else what)
+        self._process.send(what.message if isinstance(what, Asked) else what)
 
     def _advance(self) -> None:
         """Waits for the oldest answer."""
@@ -253,7 +273,7 @@ class ProcessEngine(Engine):
         print(f"{error}; it is started again", file=sys.stderr)
         self._process.close()
         self._open()
-        owed = [x for x in self._owed if isinstance(x, _Asked)]
+        owed = [x for x in self._owed if isinstance(x, Asked)]
         self._owed.clear()
         self._send(Push())
         for asked in owed:

@@ -11,14 +11,13 @@ import tempfile
 from typing import Any, ClassVar
 
 import jax
-from jaxtyping import PRNGKeyArray
 
 from .._prompts import Prompts
 from ..models import Transformer, widen_heads
 from ._verify import verify
 from .base import Sampling
 from .engine import EngineError
-from .process_engine import ProcessEngine
+from .process_engine import Asked, ProcessEngine
 
 
 # Where `python -m eqrl.samplers.install_sglang_jax` puts it.
@@ -149,37 +148,23 @@ class SGLangJax(ProcessEngine):
             "tp_size": self.tp_size,
         }
 
-    def submit(
-        self,
-        policy: Transformer,
-        prompts: Prompts,
-        sampling: Sampling,
-        *,
-        key: PRNGKeyArray,
-        version: int | None = None,
-    ):
-        """See `Engine`.
-
-        Raises:
-            EngineError: if a prompt and its completion may be longer than the context.
-        """
+    def admit(self, prompts: Prompts, sampling: Sampling) -> None:
+        """A prompt and its completion must fit into the context."""
         longest = int((prompts.positions >= 0).sum(axis=1).max())
-        if longest + sampling.max_tokens + _SPARE > self.context_length:
+        least = longest + sampling.max_tokens + _SPARE
+        if least > self.context_length:
             raise EngineError(
                 f"context_length={self.context_length} is too short for a prompt of {longest} and "
-                f"{sampling.max_tokens} new tokens; give at least "
-                f"{longest + sampling.max_tokens + _SPARE}"
+                f"{sampling.max_tokens} new tokens; give at least {least}"
             )
-        asked = super().submit(policy, prompts, sampling, key=key, version=version)
-        what = (self._pushes, float(sampling.temperature))
+
+    def compare(self, policy: Transformer, asked: Asked) -> None:
+        """The first rollouts with the policy's own forward; see `tolerance`."""
+        what = (self._pushes, float(asked.sampling.temperature))
         if self._pushes <= _VERIFIED and what not in self._verified:
             self._verified.add(what)
-            try:
-                verify(policy, asked.result(), sampling, tolerance=self.tolerance, who="sglang-jax")
-            except EngineError:
-                self.close()
-                raise
-        return asked
+            who, tolerance = self.name, self.tolerance
+            verify(policy, asked.result(), asked.sampling, tolerance=tolerance, who=who)
 
     def close(self) -> None:
         """See `Engine`."""
